@@ -1,0 +1,36 @@
+# make course [PRESET=smoke] [FORCE=1]   install, execute notebooks 01-07, write figures/ and report/
+# make test                              install, then lint, unit tests, notebooks and measured numbers
+# make notebooks                         execute the committed notebooks in place
+# TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).
+PYTHON ?= python3
+PRESET ?= mini
+FORCE ?=
+TORCH_INDEX ?=
+
+STAMP := .venv/.installed
+COURSE := .venv/bin/python -m helpers.cli
+
+.PHONY: course test notebooks install
+
+course: $(STAMP)
+	@$(COURSE) run --preset $(PRESET) $(if $(filter-out 0 no false,$(FORCE)),--force)
+
+test: $(STAMP)
+	@$(COURSE) check
+
+notebooks: $(STAMP)
+	@$(COURSE) notebooks
+
+install: $(STAMP)
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing: install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "make: the course needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.12 …" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# PyTorch first and by itself, so that TORCH_INDEX concerns nothing else.
+$(STAMP): pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	@touch $(STAMP)
