@@ -1,0 +1,54 @@
+"""Pools of drawn pictures to pretrain on: pixels, scenes, styles and several captions each.
+
+Picture i of a pool depends on (seed, i) alone, so any number of worker processes draws the same pool.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from os import cpu_count
+
+import numpy as np
+
+from helpers.world.captions import caption
+from helpers.world.scenes import Scene, sample_scene
+from helpers.world.styles import render
+
+CAPTIONS_PER_PICTURE = 3
+
+
+@dataclass
+class Pool:
+    """`pictures` is uint8 [N, size, size, 3]; the lists have N entries."""
+
+    pictures: np.ndarray
+    scenes: list[Scene]
+    styles: list[str]
+    captions: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+def _draw(index: int, seed: int, size: int, styles: Mapping[str, float], pairs: str):
+    rng = random.Random(f"{seed}/{index}")
+    style = rng.choices(list(styles), list(styles.values()))[0]
+    scene = sample_scene(rng, pairs)
+    words = [caption(scene, style, rng) for _ in range(CAPTIONS_PER_PICTURE)]
+    return np.asarray(render(scene, style, size)), scene, style, words
+
+
+def draw_pool(
+    count: int, styles: Mapping[str, float], size: int, seed: int = 0, pairs: str = "train", workers: int | None = None
+) -> Pool:
+    """Draw `count` random pictures of `size` pixels a side; `styles` maps each style to its share."""
+    draw = partial(_draw, seed=seed, size=size, styles=dict(styles), pairs=pairs)
+    with ProcessPoolExecutor(workers or cpu_count(), mp_context=get_context("spawn")) as workers_pool:
+        rows = list(workers_pool.map(draw, range(count), chunksize=64))
+    pictures, scenes, names, captions = zip(*rows, strict=True)
+    return Pool(np.stack(pictures), list(scenes), list(names), list(captions))

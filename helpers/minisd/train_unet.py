@@ -1,0 +1,106 @@
+"""Pretraining the U-Net and the text encoder together, on cached latents.
+
+The text encoder learns from the denoising loss alone: it is not trained contrastively on pictures and captions as
+CLIP's is. v-prediction (Salimans and Ho 2022), Adam, a tenth of the captions dropped for classifier-free guidance
+(Ho and Salimans 2022), weights averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helpers.diffusion import add_noise, alphas_cumprod, velocity
+from helpers.minisd.architecture import SCALING_FACTOR
+from helpers.minisd.budget import Budget, Ema
+
+CAPTION_DROPOUT = 0.1
+
+
+@dataclass
+class LatentPool:
+    """Posterior means and stds [N, C, h, w], already scaled; token ids [N, K, L] of K captions a picture."""
+
+    mean: Tensor
+    std: Tensor
+    tokens: Tensor
+    empty: Tensor  # token ids [L] of ""
+
+
+def tokenize(tokenizer, captions: list[str]) -> Tensor:
+    """Token ids [B, L], padded to the text encoder's positions."""
+    batch = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return batch.input_ids
+
+
+def latent_pool(mean: Tensor, std: Tensor, captions: list[list[str]], tokenizer) -> LatentPool:
+    """Scale the latents and tokenize the captions of a pool of pictures."""
+    flat = tokenize(tokenizer, [words for row in captions for words in row])
+    tokens = flat.view(len(captions), -1, flat.shape[-1]).to(torch.int16)
+    return LatentPool(mean * SCALING_FACTOR, std * SCALING_FACTOR, tokens, tokenize(tokenizer, [""])[0])
+
+
+def draw_batch(pool: LatentPool, batch_size: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, noise [B, C, h, w], timesteps [B] and token ids [B, L] of step `step`, from its own generator."""
+    g = torch.Generator().manual_seed(step)
+    rows = torch.randint(len(pool.mean), (batch_size,), generator=g)
+    latents = pool.mean[rows] + pool.std[rows] * torch.randn(pool.mean[rows].shape, generator=g)
+    noise = torch.randn(latents.shape, generator=g)
+    # One timestep in each of B equal strata: the same distribution with less variance
+    uniform = (torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g)) / batch_size
+    timesteps = (uniform * 1000).long().clamp(max=999)
+    which = torch.randint(pool.tokens.shape[1], (batch_size,), generator=g)
+    tokens = pool.tokens[rows, which].long()
+    dropped = torch.rand(batch_size, generator=g) < CAPTION_DROPOUT
+    return latents, noise, timesteps, torch.where(dropped[:, None], pool.empty, tokens)
+
+
+def denoising_loss(unet, text_encoder, batch, schedule: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity."""
+    latents, noise, timesteps, tokens = batch
+    words = text_encoder(tokens).last_hidden_state
+    noisy = add_noise(latents, noise, timesteps, schedule)
+    predicted = unet(noisy, timesteps, words).sample
+    return (predicted - velocity(latents, noise, timesteps, schedule)).pow(2).mean()
+
+
+def train_unet(
+    unet,
+    text_encoder,
+    pool: LatentPool,
+    budget: Budget,
+    batch_size: int = 32,
+    learning_rate: float = 7e-4,
+    on_save=None,
+) -> Ema:
+    """Train both in place until the budget ends; they hold the averaged weights afterwards.
+
+    on_save(ema) is called after each checkpoint.
+    """
+    device = next(unet.parameters()).device
+    modules = {"unet": unet.train(), "text_encoder": text_encoder.train()}
+    parameters = [p for m in modules.values() for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    ema = Ema(modules, decay=0.999)
+    budget.resume(modules, optimizer, ema)
+    schedule = alphas_cumprod().to(device)
+    for step in budget.steps():
+        batch = [x.to(device) for x in draw_batch(pool, batch_size, step)]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * budget.cosine(warmup_steps=200)
+        loss = denoising_loss(unet, text_encoder, batch, schedule)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.update(step)
+        budget.log(loss=loss.item(), pictures=(step + 1) * batch_size)
+        if budget.checkpoint(modules, optimizer, ema) and on_save:
+            on_save(ema)
+    ema.copy_to(modules)
+    unet.eval(), text_encoder.eval()
+    return ema

@@ -1,0 +1,126 @@
+"""Pretraining the autoencoder: pictures to latents of 1/12 the numbers and back.
+
+loss = |x - x'| + (x - x')^2 + 1e-5 KL(N(mean, std) || N(0, 1)), each a mean over elements. The posterior starts
+narrow (std 0.1): one that starts at std 1 drowns the signal in noise, and the decoder learns to answer with gray.
+After training, the statistics of each latent channel are folded into the two 1x1 quant convolutions, so that latents
+times the one scaling factor of the pipeline have mean 0 and variance 1 in every channel (Rombach et al. 2022, G).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from helpers.minisd.architecture import SCALING_FACTOR
+from helpers.minisd.budget import Budget, Ema
+
+KL_WEIGHT = 1e-5
+START_STD = 0.1
+
+
+def pixels(pictures, device="cpu") -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in -1..1."""
+    x = torch.as_tensor(pictures, device=device)
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def narrow_posterior(vae: AutoencoderKL) -> None:
+    """Start with log-variance 2 log(0.1) whatever the picture."""
+    channels = vae.config.latent_channels
+    with torch.no_grad():
+        vae.quant_conv.weight[channels:] = 0
+        vae.quant_conv.bias[channels:] = 2 * math.log(START_STD)
+
+
+def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
+    """Reconstruction and KL terms for pictures x [B, 3, H, W] in -1..1; noise has the latents' shape."""
+    posterior = vae.encode(x).latent_dist
+    # z = mean + std * noise
+    z = posterior.mean + posterior.std * noise
+    error = vae.decode(z).sample - x
+    # KL = (mean^2 + std^2 - 1 - log std^2) / 2
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
+    return error.abs().mean() + error.pow(2).mean() + KL_WEIGHT * kl.mean()
+
+
+def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 2e-3) -> Ema:
+    """Train in place on uint8 pictures [N, H, W, 3] until the budget ends; returns the averaged weights."""
+    device = next(vae.parameters()).device
+    vae.train()
+    if budget.step == 0:
+        narrow_posterior(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    ema = Ema({"vae": vae}, decay=0.998)
+    budget.resume({"vae": vae}, optimizer, ema)
+    for step in budget.steps():
+        g = torch.Generator().manual_seed(step)
+        x = pixels(pictures[torch.randint(len(pictures), (batch_size,), generator=g).numpy()], device)
+        noise = torch.randn(vae_latent_shape(vae, batch_size), generator=g).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * budget.cosine(warmup_steps=100)
+        loss = vae_loss(vae, x, noise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        ema.update(step)
+        budget.log(loss=loss.item(), pictures=(step + 1) * batch_size)
+        budget.checkpoint({"vae": vae}, optimizer, ema)
+    ema.copy_to({"vae": vae})
+    vae.eval()
+    return ema
+
+
+def vae_latent_shape(vae: AutoencoderKL, batch_size: int) -> tuple[int, int, int, int]:
+    """Shape [B, C, h, w] of the latents of a batch."""
+    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return batch_size, vae.config.latent_channels, side, side
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std [N, C, h, w] of uint8 pictures [N, H, W, 3], on the CPU, unscaled."""
+    device = next(vae.parameters()).device
+    parts = [vae.encode(pixels(b, device)).latent_dist for b in _batches(pictures, batch_size)]
+    return torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.std.cpu() for p in parts])
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pictures, batch_size: int = 64) -> Tensor:
+    """uint8 pictures [N, H, W, 3] through the autoencoder (posterior mean), as uint8 [N, H, W, 3]."""
+    device = next(vae.parameters()).device
+    out = [vae.decode(vae.encode(pixels(b, device)).latent_dist.mean).sample for b in _batches(pictures, batch_size)]
+    x = ((torch.cat(out) + 1) * 127.5).round().clamp(0, 255)
+    return x.permute(0, 2, 3, 1).to(torch.uint8).cpu()
+
+
+def _batches(pictures, batch_size: int):
+    return (pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size))
+
+
+def psnr(a, b) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of uint8 pictures [N, H, W, 3]: 10 log10(255^2 / MSE)."""
+    a, b = (torch.as_tensor(x).float() for x in (a, b))
+    return 10 * torch.log10(255**2 / (a - b).pow(2).flatten(1).mean(1).clamp(min=1e-6))
+
+
+@torch.no_grad()
+def fold_statistics(vae: AutoencoderKL, pictures) -> None:
+    """Rescale latent channels in place to mean 0 and std 1 / scaling factor; reconstructions do not change."""
+    mean, _ = encode(vae, pictures)
+    device = vae.quant_conv.weight.device
+    center = mean.mean((0, 2, 3)).to(device)
+    gain = (1 / SCALING_FACTOR) / mean.std((0, 2, 3)).to(device)
+    c = vae.config.latent_channels
+    # encoder: mean' = (mean - center) * gain, log var' = log var + 2 log gain
+    vae.quant_conv.weight[:c] *= gain.view(-1, 1, 1, 1)
+    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - center) * gain
+    vae.quant_conv.bias[c:] += 2 * gain.log()
+    # decoder: W z = W (z' / gain + center)
+    post = vae.post_quant_conv
+    post.bias += F.conv2d(center.view(1, -1, 1, 1), post.weight).flatten()
+    post.weight /= gain.view(1, -1, 1, 1)
