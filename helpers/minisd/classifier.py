@@ -117,7 +117,10 @@ def loss_of(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
 
 
 def train_classifier(pool, blurred, budget: Budget, batch_size: int = 64, path: Path = WEIGHTS):
-    """Train on pool.pictures and their reconstructions `blurred` (uint8 [N, S, S, 3]); writes fp16 weights to path."""
+    """Train on pool.pictures (uint8 [N, S, S, 3]) and, every other step, on `blurred`, the first of them after the VAE.
+
+    Writes fp16 weights to path.
+    """
     targets = labels(pool.scenes, pool.styles)
     torch.manual_seed(0)
     model = Classifier()
@@ -127,8 +130,9 @@ def train_classifier(pool, blurred, budget: Budget, batch_size: int = 64, path: 
     sources = [torch.as_tensor(pool.pictures), torch.as_tensor(blurred)]
     for step in budget.steps():
         g = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(pool), (batch_size,), generator=g)
-        x = sources[step % 2][rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+        source = sources[step % 2]
+        rows = torch.randint(len(source), (batch_size,), generator=g)
+        x = source[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * budget.cosine(warmup_steps=100)
         loss = loss_of(model(augment(x, g)), {k: v[rows] for k, v in targets.items()})

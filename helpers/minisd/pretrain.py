@@ -114,8 +114,8 @@ def unet_stage(parts: dict, args, size: int) -> None:
 
 def classifier_stage(parts: dict, args, size: int) -> None:
     """Train the judge on drawn pictures of all styles and pairs, before and after the autoencoder."""
-    pool = draw_pool(max(args.pictures, 256), {s: 1 / len(STYLES) for s in STYLES}, size, seed=3, pairs="all")
-    blurred = reconstruct(parts["vae"], pool.pictures).numpy()
+    pool = draw_pool(max(args.pictures // 2, 256), {s: 1 / len(STYLES) for s in STYLES}, size, seed=3, pairs="all")
+    blurred = reconstruct(parts["vae"], pool.pictures[: len(pool) // 2]).numpy()
     train_classifier(pool, blurred, Budget(args.work / "classifier", seconds(args, "classifier")))
 
 

@@ -1,0 +1,412 @@
+"""The `course` command. `course --help` lists what it can do; `make course` and `make test` call it.
+
+Whatever the reader can mend ends in one clear sentence on stderr and exit status 1 (2 for a mistyped command line);
+with COURSE_DEBUG=1 it ends in a traceback instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from .presets import PRESETS, ROOT, Datasets, DatasetSpec, Preset, TrainConfig, get_preset, runs_folder
+
+DEFAULT = "mini"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    given = _parser().parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it talks about packages we do not need
+    try:
+        return given.command(given)
+    except KeyboardInterrupt:
+        print("course: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("COURSE_DEBUG") or not _is_readers(error):
+            raise
+        print(f"course: {_sentence(error)}", file=sys.stderr)
+        return 1
+
+
+def _is_readers(error: Exception) -> bool:
+    """Whether the reader can mend it. ComponentsError, DataError and AdapterError are ValueErrors."""
+    from .notebooks import CourseError
+
+    expected = (CourseError, ValueError, OSError)
+    # A module that a command has not imported cannot have raised its error.
+    own = {"helpers.runs": "TrainingError", "helpers.report": "ReportError"}
+    own_errors = tuple(getattr(sys.modules.get(module), name, CourseError) for module, name in own.items())
+    return isinstance(error, expected + own_errors)
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="course", description="LoRA by hand: the course's commands.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any, text: str, preset: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        if preset:
+            command.add_argument("--preset", default=DEFAULT, help=f"one of {', '.join(PRESETS)} (default: {DEFAULT})")
+        return command
+
+    run = add("run", run_course, "execute the notebooks in order, train both adapters, write figures and report")
+    run.add_argument("--force", action="store_true", help="execute and train again although nothing has changed")
+    run.add_argument("--only", metavar="01,02", help="only these notebooks")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook's parameter")
+
+    add("check", check_course, "lint, unit tests, strict notebook tests and measured numbers", preset=False)
+
+    train = add("train", train_adapter, "train one adapter, or find the finished run")
+    train.add_argument("--dataset", help="a dataset of the preset, or a name for the pictures of --data")
+    train.add_argument("--data", metavar="FOLDER", help="pictures with metadata.csv, metadata.jsonl or .txt captions")
+    train.add_argument("--held-out", type=int, default=0, metavar="N", help="of --data, keep the last N for measuring")
+    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as steps=200 or rank=4")
+    train.add_argument("--from-scratch", action="store_true", help="do not take the repository's finished run")
+    train.add_argument("--force", action="store_true", help="throw an existing run away and train again")
+    train.add_argument("--tracker", choices=["wandb"], help="log to Weights & Biases too (offline unless you sign in)")
+    train.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+
+    sample = add("sample", sample_pictures, "draw pictures from prompts")
+    sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    sample.add_argument("--adapter", metavar="FILE", help="an adapter's file or folder, or a dataset whose run to use")
+    sample.add_argument("--scale", type=float, default=1.0, help="how much the adapter counts (default: 1)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--count", type=int, default=1, help="pictures a prompt, with consecutive seeds")
+    sample.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the preset's)")
+    sample.add_argument("--output", type=Path, metavar="FILE.png", help="default: runs/<preset>/samples/…")
+    sample.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+
+    figure = add("figure", redraw_figure, "redraw one figure and compare it with the committed one", preset=False)
+    figure.add_argument("number", type=int, help="such as 6")
+
+    report = add("report", compile_report, "compile the report from the last results")
+    report.set_defaults(preset=None)
+    add("doctor", examine, "what the course finds on this machine, and the preset that suits it", preset=False)
+
+    again = add("notebooks", refresh_notebooks, "execute the committed notebooks in place and clean them", preset=False)
+    again.add_argument("--only", metavar="01,02", help="only these notebooks")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------- values
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """{"steps": 200} from ["steps=200"]: Python's numbers, True, None and tuples, anything else a string."""
+    settings = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"--set takes NAME=VALUE, not {pair!r}")
+        try:
+            settings[name.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            settings[name.strip()] = text.strip()
+    return settings
+
+
+def preset_with(name: str, settings: dict[str, Any]) -> Preset:
+    """The preset with settings replaced. Raises ValueError for an unknown one, and for one of the wrong kind."""
+    preset = get_preset(name)
+    known = {f.name: getattr(preset.train, f.name) for f in fields(TrainConfig)}
+    known |= {f.name: getattr(preset, f.name) for f in fields(Preset)}
+    for key, value in settings.items():
+        default = known.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, bool):
+            raise ValueError(f"{key} is True or False, not {value!r}")
+        if isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):
+            raise ValueError(f"{key} is a whole number, not {value!r}")
+        if isinstance(default, float) and not is_number:
+            raise ValueError(f"{key} is a number, not {value!r}")
+        if isinstance(default, tuple) and not isinstance(value, tuple):
+            raise ValueError(f"{key} is a tuple such as {default!r}, not {value!r}")
+    return get_preset(name, **settings)
+
+
+# ------------------------------------------------------------------------------------------------------- course
+def run_course(given: argparse.Namespace) -> int:
+    """`course run`: notebooks → results, figures, report. Only the default preset's full run publishes."""
+    from . import notebooks
+
+    get_preset(given.preset)
+    settings = parse_settings(given.set)
+    paths = notebooks.select(given.only)
+    print(f"{PRESETS[given.preset].title}: {len(paths)} notebooks")
+    done = notebooks.run_all(given.preset, paths, settings, given.force)
+    full = given.only is None and not settings
+    if full and PRESETS[given.preset].revision is None:
+        notebooks.write_durations(given.preset, done)
+    summary(given.preset, done, publish=full and given.preset == DEFAULT)
+    return 0
+
+
+def summary(preset: str, done: Sequence[Any], publish: bool) -> None:
+    """Publishes figures and results if asked to, compiles the report, and says what was written where."""
+    from . import notebooks
+    from .results import Results, output_folder
+
+    results, folder, short = Results(preset), output_folder(preset), notebooks.short
+    seconds = sum(one.seconds for one in done if not one.skipped)
+    executed = sum(not one.skipped for one in done)
+    figures, target = folder / "figures", folder
+    if publish:
+        figures, target = ROOT / "figures", ROOT / "report"
+        publish_results(results, figures, target)
+    print(f"\n{executed} notebooks executed in {notebooks.duration(seconds)}, {len(done) - executed} unchanged")
+    print(f"  notebooks  {short(folder / 'notebooks')}/")
+    print(f"  results    {short(target / 'results.json')} ({len(results.names)} values)")
+    print(f"  figures    {short(figures)}/ ({len(results.figures)} figures)")
+    for run in sorted(folder.glob("*-*/done.json")):
+        print(f"  run        {short(run.parent)}/")
+    try:
+        print(f"  report     {short(build_report(target / 'results.json', figures, target / 'report.pdf'))}")
+    except Exception as error:
+        complete = len(done) == len(notebooks.committed())
+        if complete or not _is_readers(error):
+            raise
+        print(f"  report     not compiled, since only some notebooks ran ({_sentence(error)})")
+
+
+def publish_results(results: Any, figures: Path, report: Path) -> None:
+    """Copies the run's figures and results.json to where the repository keeps them, each whole or not at all."""
+    from .provenance import atomic_path
+
+    source = results.path.parent
+    pairs = [(source / entry["file"], figures / Path(entry["file"]).name) for entry in results.figures.values()]
+    for old, new in [*pairs, (results.path, report / "results.json")]:
+        with atomic_path(new) as temporary:
+            shutil.copyfile(old, temporary)
+
+
+def build_report(results: Path, figures: Path, output: Path) -> Path:
+    """The report as a PDF, compiled from report/report.typ. Returns its path."""
+    from . import report
+
+    report.compile(results, figures, output)
+    return output
+
+
+def compile_report(given: argparse.Namespace) -> int:
+    """`course report`: from report/results.json and figures/, or with --preset from the results of that preset."""
+    from .notebooks import short
+    from .results import output_folder, read
+
+    if given.preset is None:
+        results, figures, output = ROOT / "report" / "results.json", ROOT / "figures", ROOT / "report" / "report.pdf"
+    else:
+        get_preset(given.preset)
+        folder = output_folder(given.preset)
+        results, figures, output = folder / "results.json", folder / "figures", folder / "report.pdf"
+    read(results)
+    print(f"report: {short(build_report(results, figures, output))}")
+    return 0
+
+
+def check_course(given: argparse.Namespace) -> int:
+    """`course check`: see `checks.check`."""
+    from .checks import check
+
+    return 0 if check() else 1
+
+
+def examine(given: argparse.Namespace) -> int:
+    """`course doctor`: what was found, and 1 when the course cannot run."""
+    from .checks import doctor
+
+    rows, advice = doctor()
+    for what, found, fine in rows:
+        print(f"{'ok' if fine else '!!'}  {what:<13}{found}")
+    print(advice)
+    return 0 if all(fine for _, _, fine in rows) else 1
+
+
+def refresh_notebooks(given: argparse.Namespace) -> int:
+    """`course notebooks`: the committed notebooks with new outputs; 1 when one is not fit to be committed."""
+    from . import notebooks
+
+    paths = notebooks.select(given.only)
+    environment = notebooks.OFFLINE | {"COURSE_OUTPUT": str(runs_folder() / "check")}
+    wrong = 0
+    for number, path in enumerate(paths, start=1):
+        with notebooks.progress(f"[{number}/{len(paths)}] {path.name}", None, print):
+            found = notebooks.refresh(path, environment)
+        for problem in found:
+            print(f"  {path.name}: {problem}", file=sys.stderr)
+        wrong += bool(found)
+    print(f"{len(paths)} notebooks refreshed in {notebooks.short(notebooks.FOLDER)}/, {wrong} with problems")
+    return 1 if wrong else 0
+
+
+# ------------------------------------------------------------------------------------------------------- figure
+def redraw_figure(given: argparse.Namespace) -> int:
+    """`course figure N`: reruns the notebook that makes it, aside, and says how the figure differs."""
+    from . import notebooks
+    from .figures import picture_difference
+    from .results import output_folder
+
+    stem = f"fig{given.number:02d}"
+    path = notebook_of(stem)
+    folder = runs_folder() / "figure"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    earlier = [output_folder(DEFAULT) / "results.json", ROOT / "report" / "results.json"]
+    for results in [file for file in earlier if file.exists()][:1]:  # a notebook may read what an earlier one recorded
+        shutil.copyfile(results, folder / "results.json")
+    print(f"figure {given.number} is drawn by {path.name}")
+    environment = notebooks.OFFLINE | {"COURSE_OUTPUT": str(folder)}
+    with notebooks.progress(path.name, notebooks.expected_seconds(DEFAULT, path.stem), print):
+        notebooks.execute(path, folder / path.name, {"PRESET": DEFAULT}, environment)
+    drawn = sorted((folder / "figures").glob(f"{stem}_*.png")) + sorted((folder / "figures").glob(f"{stem}.png"))
+    if not drawn:
+        raise notebooks.CourseError(f"{path.name} ran, but drew no figure {given.number}")
+    for new in drawn:
+        committed = ROOT / "figures" / new.name
+        print(f"{notebooks.short(new)}: {describe_difference(new, committed, picture_difference)}")
+    return 0
+
+
+def describe_difference(new: Path, committed: Path, difference: Any) -> str:
+    """One phrase: identical, how far apart, of another size, or nothing to compare with."""
+    if not committed.exists():
+        return f"there is no {committed.parent.name}/{committed.name} to compare with"
+    if new.read_bytes() == committed.read_bytes():
+        return "identical to the committed figure, byte for byte"
+    mean = difference(new, committed)
+    if mean is None:
+        return "of another size than the committed figure"
+    if mean == 0:
+        return "every pixel is identical to the committed figure's"
+    return f"differs from the committed figure by {mean:.2f} grey levels of 255 on average"
+
+
+def notebook_of(stem: str) -> Path:
+    """The notebook that draws a figure: the one that recorded it, or else the one whose code names it."""
+    from . import notebooks
+    from .results import read
+
+    paths = {path.stem: path for path in notebooks.committed()}
+    try:
+        figures = read(ROOT / "report" / "results.json")["figures"]
+    except ValueError:
+        figures = {}
+    named = [entry.get("notebook") for name, entry in figures.items() if re.match(rf"{stem}(_|$)", name)]
+    for path in [paths[name] for name in named if name in paths] + list(paths.values()):
+        code = [cell.source for cell in notebooks.read(path).cells if cell.cell_type == "code"]
+        if path.stem in named or any(re.search(rf"[\"']{stem}(_\w*)?[\"']", source) for source in code):
+            return path
+    raise notebooks.CourseError(f"no notebook draws a figure {int(stem[3:])}")
+
+
+# --------------------------------------------------------------------------------------------- train and sample
+def train_adapter(given: argparse.Namespace) -> int:
+    """`course train`: one adapter of a preset's dataset, or of a folder of captioned pictures."""
+    from .notebooks import CourseError, short
+
+    preset = preset_with(given.preset, parse_settings(given.set))
+    if given.data:
+        preset, name = with_folder(preset, given.dataset, Path(given.data), given.held_out)
+    elif given.dataset is None:
+        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or a folder: --data FOLDER")
+    else:
+        name = preset.datasets[given.dataset].name
+    from .training import train
+
+    run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
+    print(f"{run.source}: {short(run.dir)}/")
+    print(f"adapter: {short(run.adapter)}")
+    return 0
+
+
+def with_folder(preset: Preset, name: str | None, folder: Path, held_out: int) -> tuple[Preset, str]:
+    """The preset with one more dataset, a folder's pictures; its validation prompts are the first four captions."""
+    from .data import DataError, load_pictures
+
+    name = name or re.sub(r"\W+", "_", folder.resolve().name)
+    if name in preset.datasets.names:
+        raise DataError(f"preset {preset.name!r} has a dataset {name!r} already: give this one another --dataset name")
+    everything = DatasetSpec(name, f"folder:{folder.resolve()}", train_rows=sys.maxsize, held_out_rows=0)
+    captions = load_pictures(everything, "train", preset.resolution)["text"]
+    if not 0 <= held_out < len(captions):
+        raise DataError(f"{folder} has {len(captions)} pictures; --held-out {held_out} would leave none to train on")
+    spec = replace(everything, train_rows=len(captions) - held_out, held_out_rows=held_out)
+    prompts = preset.validation_prompts | {name: tuple(dict.fromkeys(captions))[:4]}
+    return replace(preset, datasets=Datasets((*preset.datasets, spec)), validation_prompts=prompts), name
+
+
+def find_adapter(preset: Preset, adapter: str) -> Path:
+    """A file or folder as it is; the name of a dataset stands for its finished run's adapter."""
+    from .notebooks import CourseError
+
+    if Path(adapter).exists() or adapter not in preset.datasets.names:
+        return Path(adapter)
+    from .runs import find_run, run_key
+
+    run = find_run(preset, adapter, run_key(preset, adapter))
+    if run is None:
+        raise CourseError(
+            f"there is no finished run on {adapter!r}: `course train --preset {preset.name} --dataset {adapter}`"
+        )
+    return run.adapter
+
+
+def sample_pictures(given: argparse.Namespace) -> int:
+    """`course sample`: one picture for each prompt and seed, in one PNG with a row a prompt."""
+    from .notebooks import CourseError, short
+
+    preset = get_preset(given.preset)
+    if given.count < 1 or (given.steps is not None and given.steps < 1):
+        raise CourseError("--count and --steps must be at least 1")
+    adapter = find_adapter(preset, given.adapter) if given.adapter else None
+    pictures = draw(preset, given, adapter)
+    words = "-".join(re.findall(r"\w+", given.prompt[0].lower())[:8]) or "empty"
+    output = given.output or runs_folder() / preset.name / "samples" / f"{words}-seed{given.seed}.png"
+    if output.suffix.lower() != ".png":
+        raise CourseError(f"--output must end in .png, not {output.name!r}")
+    from .figures import contact_sheet
+    from .provenance import atomic_path
+
+    with atomic_path(output) as temporary:
+        contact_sheet(pictures, columns=given.count).save(temporary)
+    print(f"{len(pictures)} pictures: {short(output.resolve())}")
+    return 0
+
+
+def draw(preset: Preset, given: argparse.Namespace, adapter: Path | None) -> list[Any]:
+    """The pictures that `course sample` was asked for, prompt by prompt."""
+    from contextlib import nullcontext
+
+    from . import lora
+    from .adapters import load_adapter
+    from .components import load_components
+    from .sampling import generate
+
+    components = load_components(preset, given.device)
+    if adapter is not None:
+        load_adapter(adapter, components.unet)
+    prompts = [prompt for prompt in given.prompt for _ in range(given.count)]
+    seeds = [given.seed + number for _ in given.prompt for number in range(given.count)]
+    settings = {
+        "num_inference_steps": given.steps or preset.num_inference_steps,
+        "guidance_scale": preset.guidance_scale if given.guidance is None else given.guidance,
+    }
+    with lora.scaled(components.unet, given.scale) if adapter is not None else nullcontext():
+        return generate(components, prompts, seeds, **settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,476 @@
+"""The course's notebooks as files: executing them, refreshing the committed ones, and checking that they are clean.
+
+A committed notebook is source and evidence in one: its outputs are what a reader sees first and what the strict
+notebook tests compare with. So it is executed as a whole, holds nothing of the machine it ran on, and stays small.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from PIL import Image
+
+from .figures import jpeg
+from .presets import ROOT, get_preset
+from .provenance import atomic_path, code_hash, versions, write_json_atomic
+from .results import Results, output_folder
+
+FOLDER = ROOT / "notebooks"
+DURATIONS = FOLDER / "durations.json"
+TIMEOUT = 1800  # seconds for one cell
+# The course needs no network and no account: libraries must not try, and must not mention it in a notebook's output.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+MAX_BYTES = 1_000_000
+MAX_CELL_LINES = 40
+# Helpers that no notebook's result depends on.
+_NOT_EXECUTED = {"checks.py", "cli.py", "notebooks.py", "report.py"}
+
+
+class CourseError(Exception):
+    """Something the reader can mend; the message is one sentence that says what."""
+
+
+def committed() -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted(path for path in FOLDER.glob("[0-9][0-9]_*.ipynb"))
+
+
+def select(only: str | None = None) -> list[Path]:
+    """The numbered notebooks, or those of a list such as "01,04". Raises CourseError for a number that none has."""
+    notebooks = committed()
+    if not notebooks:
+        raise CourseError(f"there are no notebooks in {FOLDER}: run the course from a clone of its repository")
+    if only is None:
+        return notebooks
+    numbers = {path.name[:2]: path for path in notebooks}
+    wanted = [number.strip().zfill(2) for number in only.split(",") if number.strip()]
+    unknown = [number for number in wanted if number not in numbers]
+    if unknown or not wanted:
+        missing = ", ".join(unknown) or repr(only)
+        raise CourseError(f"there is no notebook {missing}; there are {', '.join(numbers)}")
+    return [numbers[number] for number in sorted(set(wanted))]
+
+
+def read(path: Path | str) -> nbformat.NotebookNode:
+    """The notebook in a file. Raises CourseError when it is missing or is not a notebook."""
+    path = Path(path)
+    try:
+        return nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        raise CourseError(f"there is no notebook {path}") from None
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError) as error:
+        raise CourseError(f"{path.name} is not a notebook ({type(error).__name__})") from None
+
+
+def write(notebook: nbformat.NotebookNode, path: Path | str) -> None:
+    """Writes a notebook, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
+
+
+# ---------------------------------------------------------------------------------------------------- executing
+def parameters(path: Path) -> dict[str, str]:
+    """{name: default, as written} of the notebook's cell tagged `parameters`."""
+    import papermill
+
+    return {name: facts["default"] for name, facts in papermill.inspect_notebook(str(path)).items()}
+
+
+def check_parameters(given: dict[str, Any], paths: list[Path]) -> None:
+    """Raises CourseError for a parameter that none of the notebooks has."""
+    known = {name for path in paths for name in parameters(path)}
+    for name in given:
+        if name not in known:
+            raise CourseError(f"no notebook has a parameter {name!r}; known: {', '.join(sorted(known)) or 'none'}")
+
+
+def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[str, str] | None = None) -> float:
+    """Executes a notebook with parameters into another file and returns the seconds it took.
+
+    Every cell has `TIMEOUT` seconds. The kernel is this Python's, whatever kernels the user has installed.
+    When a cell fails, the notebook as far as it came stays beside `output` as `<name>.failed.ipynb`.
+    Raises CourseError, naming the failing cell, and for a parameter that the notebook does not have.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    known = parameters(path)
+    for name in given:
+        if name not in known:
+            listing = ", ".join(known) or "none"
+            raise CourseError(f"{path.name} has no parameter {name!r}; its parameters: {listing}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = output.with_suffix(".failed.ipynb")
+    temporary = output.with_suffix(".running.ipynb")
+    settings = {
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "COURSE_NOTEBOOK": path.stem,  # what it records is noted as its own
+        **(environment or {}),
+    }
+    start = time.monotonic()
+    try:
+        with _environment(settings), _quiet():
+            papermill.execute_notebook(
+                str(path),
+                str(temporary),
+                parameters=given,
+                kernel_name="python3",
+                cwd=str(path.parent),
+                execution_timeout=TIMEOUT,
+                progress_bar=False,
+                log_output=False,
+            )
+    except papermill.PapermillExecutionError as error:
+        os.replace(temporary, failed)
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}").strip().splitlines()[0]
+        where = f"the code cell executed as [{error.exec_count}]"
+        raise CourseError(f"{path.name} failed in {where}: {reason} (kept as {short(failed)})") from None
+    except (CellTimeoutError, DeadKernelError) as error:
+        if temporary.exists():
+            os.replace(temporary, failed)
+        took = f"a cell ran longer than {TIMEOUT} s" if isinstance(error, CellTimeoutError) else "its kernel died"
+        raise CourseError(f"{path.name} failed: {took} (kept as {short(failed)})") from None
+    except BaseException:  # an interrupt too
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, output)
+    failed.unlink(missing_ok=True)
+    return time.monotonic() - start
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the kernels started inside the block."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """papermill's log repeats what our progress lines say: only its errors are kept."""
+    import logging
+    import warnings
+
+    logger = logging.getLogger("papermill")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def short(path: Path) -> str:
+    """The path as a reader sees it: relative to the repository, or to where they are, when it lies below."""
+    for base in (Path.cwd(), ROOT):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------ a whole course
+@dataclass(frozen=True)
+class Executed:
+    """What happened to one notebook: skipped (nothing it depends on has changed) or executed in so many seconds."""
+
+    path: Path
+    output: Path
+    seconds: float
+    skipped: bool
+
+
+def source_hash(path: Path) -> str:
+    """Content hash of a notebook's cells without their outputs."""
+    cells = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in read(path).cells]
+    return sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def shared_key(preset: str) -> dict[str, Any]:
+    """What every notebook depends on besides itself: the helpers' code, the model files, the preset, the versions."""
+    folder = ROOT / "helpers"
+    code = [file for file in folder.rglob("*.py") if file.relative_to(folder).as_posix() not in _NOT_EXECUTED]
+    weights = sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        if "reference" not in file.parts:  # training replaces the reference runs; a notebook does not depend on them
+            weights.update(file.relative_to(folder).as_posix().encode() + sha256(file.read_bytes()).digest())
+    return {"preset": preset, "code": code_hash(*code), "weights": weights.hexdigest(), "versions": versions()}
+
+
+def run_all(
+    preset: str,
+    paths: list[Path],
+    given: dict[str, Any] | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Executed]:
+    """Executes notebooks in order into `runs/<preset>/notebooks/`, skipping those whose inputs have not changed.
+
+    Each gets PRESET; one that trains also gets FROM_SCRATCH=True, so that it trains instead of showing the run that
+    comes with the repository. What a notebook depends on is its source, the helpers, the model, the preset, the
+    parameters, the library versions and the same of every notebook before it. Raises CourseError when one fails;
+    the notebooks before it stay done.
+    """
+    environment = OFFLINE if get_preset(preset).revision is None else {}
+    given = given or {}
+    check_parameters(given, paths)
+    folder = output_folder(preset) / "notebooks"
+    key = shared_key(preset)
+    chain = sha256(json.dumps(key, sort_keys=True).encode())
+    done: list[Executed] = []
+    for number, path in enumerate(paths, start=1):
+        known = parameters(path)
+        own = {"PRESET": preset} | {name: True for name in ("FROM_SCRATCH",) if name in known}
+        if force and "FORCE" in known:
+            own["FORCE"] = True
+        own |= {name: value for name, value in given.items() if name in known}
+        identity = {name: value for name, value in own.items() if name != "FORCE"}
+        chain.update(json.dumps([source_hash(path), identity], sort_keys=True).encode())
+        stamp, output = folder / f"{path.stem}.json", folder / path.name
+        before = _read_stamp(stamp)
+        heading = f"[{number}/{len(paths)}] {path.name}"
+        if not force and before.get("key") == chain.hexdigest() and _intact(preset, path.stem, output, before):
+            say(f"{heading}: unchanged, skipped")
+            done.append(Executed(path, output, before["seconds"], True))
+            continue
+        expected = expected_seconds(preset, path.stem) or before.get("seconds")
+        stamp.unlink(missing_ok=True)
+        Results(preset).forget(path.stem)
+        with progress(heading, expected, say):
+            seconds = execute(path, output, own, environment)
+        names = {"values": _recorded(preset, "values", path.stem), "figures": _recorded(preset, "figures", path.stem)}
+        write_json_atomic(stamp, {"key": chain.hexdigest(), "seconds": round(seconds, 1), **names})
+        done.append(Executed(path, output, seconds, False))
+    return done
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) and {"key", "seconds", "values", "figures"} <= stamp.keys() else {}
+
+
+def _recorded(preset: str, section: str, notebook: str) -> list[str]:
+    entries = Results(preset).data[section]
+    return sorted(name for name, entry in entries.items() if entry.get("notebook") == notebook)
+
+
+def _intact(preset: str, notebook: str, output: Path, stamp: dict[str, Any]) -> bool:
+    """Whether everything that the notebook wrote is still there."""
+    results = Results(preset)
+    figures = [results.path.parent / results.figures.get(name, {}).get("file", "missing") for name in stamp["figures"]]
+    return output.exists() and all(f.exists() for f in figures) and all(v in results.names for v in stamp["values"])
+
+
+def expected_seconds(preset: str, notebook: str) -> float | None:
+    """Seconds that a notebook took when durations.json was written, or None."""
+    try:
+        return json.loads(DURATIONS.read_text(encoding="utf-8"))[preset][notebook]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_durations(preset: str, done: list[Executed]) -> None:
+    """Notes how long each executed notebook took, unless it is close to what is noted already."""
+    try:
+        table = json.loads(DURATIONS.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        table = {}
+    for one in done:
+        before = table.setdefault(preset, {}).get(one.path.stem)
+        if not one.skipped and (before is None or abs(one.seconds - before) > 0.25 * before):
+            table[preset][one.path.stem] = max(1, round(one.seconds))
+    write_json_atomic(DURATIONS, table)
+
+
+@contextmanager
+def progress(heading: str, expected: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """One line when a notebook begins, one when it has ended; on a terminal the seconds count in between."""
+    hint = f"expected {duration(expected)}" if expected else "never timed here"
+    start, ended = time.monotonic(), threading.Event()
+    live = sys.stdout.isatty()
+    if not live:
+        say(f"{heading}: running ({hint})")
+
+    def count() -> None:
+        while not ended.wait(1):
+            print(f"\r{heading}: {duration(time.monotonic() - start)} ({hint}) ", end="", flush=True)
+
+    thread = threading.Thread(target=count, daemon=True)
+    if live:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if live:
+            thread.join()
+            print("\r\x1b[K", end="")
+    say(f"{heading}: done in {duration(time.monotonic() - start)} ({hint})")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "42 s" or "3 min 05 s"."""
+    seconds = round(seconds)
+    return f"{seconds} s" if seconds < 100 else f"{seconds // 60} min {seconds % 60:02d} s"
+
+
+# -------------------------------------------------------------------------------- refreshing what is committed
+def refresh(path: Path, environment: dict[str, str] | None = None) -> list[str]:
+    """Executes a committed notebook in place with its own defaults, cleans it, and returns what is still wrong.
+
+    The file is replaced only when every cell succeeded.
+    """
+    work = output_folder("mini").parent / "refresh" / path.name
+    try:
+        execute(path, work, {}, environment)
+        notebook = clean(read(work))
+    finally:
+        shutil.rmtree(work.parent, ignore_errors=True)
+    write(notebook, path)
+    return problems(path)
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Removes what belongs to one execution or machine, turns pictures into JPEG, and numbers the cells from 1."""
+    for name in ("papermill", "widgets"):
+        notebook.metadata.pop(name, None)
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    count = 0
+    for cell in notebook.cells:
+        for name in ("papermill", "execution", "collapsed", "scrolled", "ExecuteTime"):
+            cell.metadata.pop(name, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if cell.cell_type != "code":
+            continue
+        executed = bool(cell.source.strip())
+        count += executed
+        cell.execution_count = count if executed else None
+        cell.outputs = [_clean_output(output, count) for output in cell.outputs]
+    return notebook
+
+
+def _clean_output(output: nbformat.NotebookNode, count: int) -> nbformat.NotebookNode:
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    data = output.get("data", {})
+    data.pop("application/vnd.jupyter.widget-view+json", None)
+    if "image/png" in data:
+        with Image.open(io.BytesIO(base64.b64decode(data.pop("image/png")))) as picture:
+            data["image/jpeg"] = base64.b64encode(jpeg(picture)).decode()
+        if "image/png" in output.metadata:
+            output.metadata["image/jpeg"] = output.metadata.pop("image/png")
+    return output
+
+
+# ------------------------------------------------------------------------------------------------------ hygiene
+# A path below one of the usual top folders, unless it continues a word (as in a web address), or a Windows drive.
+_ABSOLUTE = re.compile(r"(?<![\w.:/-])/(?:home|root|work|tmp|Users|usr|opt|var|mnt|private|media|srv)/|\b[A-Z]:\\\w")
+_NO_ALT = re.compile(r"!\[\s*\]\(")
+
+
+def problems(path: Path | str) -> list[str]:
+    """Everything that keeps a notebook from being committed, one sentence each.
+
+    Rules: at most 1 MB; a cell tagged `parameters`; no papermill or widget metadata; code cells of at most 40 lines,
+    executed 1, 2, 3 … in order; no errors, nothing on stderr, no widgets, no absolute paths in what was typed or
+    printed; pictures as JPEG with an alt text.
+    """
+    path = Path(path)
+    notebook = read(path)
+    found = []
+    if path.stat().st_size > MAX_BYTES:
+        found.append(f"the file has {path.stat().st_size / 1e6:.2f} MB; at most 1 MB")
+    if not any("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells if cell.cell_type == "code"):
+        found.append("no code cell is tagged `parameters`")
+    for name in ("papermill", "widgets"):
+        if name in notebook.metadata:
+            found.append(f"the metadata has {name!r}")
+    expected = 0
+    for number, cell in enumerate(notebook.cells, start=1):
+        if cell.cell_type == "code" and cell.source.strip():
+            expected += 1
+        found += [f"cell {number}: {problem}" for problem in _cell_problems(cell, expected)]
+    return found
+
+
+def _cell_problems(cell: nbformat.NotebookNode, expected: int) -> Iterator[str]:
+    if "papermill" in cell.metadata:
+        yield "its metadata has 'papermill'"
+    if _ABSOLUTE.search(cell.source):
+        yield "its source has an absolute path"
+    if cell.cell_type == "markdown" and _NO_ALT.search(cell.source):
+        yield "a picture without alt text"
+    if cell.cell_type != "code":
+        return
+    lines = cell.source.count("\n") + 1
+    if lines > MAX_CELL_LINES:
+        yield f"{lines} lines of code; at most {MAX_CELL_LINES}"
+    if cell.source.strip() and cell.execution_count != expected:
+        yield f"its execution count is {cell.execution_count}, not {expected}"
+    for output in cell.outputs:
+        yield from _output_problems(output)
+
+
+def _output_problems(output: nbformat.NotebookNode) -> Iterator[str]:
+    if output.output_type == "error":
+        yield f"an error output ({output.get('ename', 'unknown')})"
+        return
+    if output.output_type == "stream":
+        if output.name == "stderr":
+            yield "output on stderr"
+        if _ABSOLUTE.search(output.text):
+            yield "its output has an absolute path"
+        return
+    data, metadata = output.get("data", {}), output.get("metadata", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        yield "a widget in its output"
+    if any(_ABSOLUTE.search(text) for kind, text in data.items() if kind.startswith("text/") and isinstance(text, str)):
+        yield "its output has an absolute path"
+    for kind in data:
+        if not kind.startswith("image/"):
+            continue
+        if kind != "image/jpeg":
+            yield f"a picture as {kind} instead of image/jpeg"
+        text = data.get("text/plain", "")
+        alt = metadata.get(kind, {}).get("alt") or ("" if text.startswith("<") else text)
+        if not alt.strip():
+            yield "a picture without alt text"

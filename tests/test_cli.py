@@ -1,0 +1,361 @@
+"""The course command: skipping, forcing, failing and publishing on tiny notebooks; clear sentences for mistakes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
+
+from helpers import checks, cli, notebooks
+from helpers.presets import get_preset
+
+FIRST = 'PRESET = "mini"\nFROM_SCRATCH = False'
+WRITE = "from pathlib import Path\nimport os\nwith open(os.environ['COUNTER'], 'a') as f:\n    f.write('%s')"
+RECORD = """
+from helpers import provenance, results
+provenance.versions = lambda: {"device": "test"}
+results._weights_hash = results._data_hashes = lambda preset: None
+r = results.Results(PRESET)
+r.record("answer", 42, tolerance=0)
+path = r.path.parent / "figures" / "fig01_x.png"
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_bytes(b"picture")
+r.record_figure("fig01_x", file="figures/fig01_x.png", alt="a very small test picture", model="MiniSD")
+"""
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    first, *rest = cells
+    notebook = new_notebook(cells=[new_code_cell(first, metadata={"tags": ["parameters"]}), *map(new_code_cell, rest)])
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebooks.write(notebook, path)
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """A course of two notebooks in a repository of its own; COUNTER holds one letter for each execution."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write_notebook(folder / "01_first.ipynb", 'PRESET = "mini"', WRITE % "a", RECORD)
+    write_notebook(folder / "02_second.ipynb", FIRST, WRITE % "b", "print(PRESET, FROM_SCRATCH)")
+    monkeypatch.setattr(notebooks, "FOLDER", folder)
+    monkeypatch.setattr(notebooks, "DURATIONS", folder / "durations.json")
+    monkeypatch.setattr(notebooks, "shared_key", lambda preset: {"preset": preset})
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(cli, "build_report", lambda results, figures, output: output)
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COUNTER", str(tmp_path / "counter"))
+    monkeypatch.delenv("COURSE_OUTPUT", raising=False)
+    return tmp_path
+
+
+def executed(course: Path) -> str:
+    counter = course / "counter"
+    return counter.read_text() if counter.exists() else ""
+
+
+def test_a_full_run_then_a_second_then_a_change(course, capsys):
+    assert cli.main(["run"]) == 0
+    said = capsys.readouterr().out
+    assert executed(course) == "ab"
+    assert "[1/2] 01_first.ipynb: done" in said and "report/results.json (1 values)" in said
+    output = (course / "runs/mini/notebooks/02_second.ipynb").read_text()
+    assert "mini True" in output, "a notebook that trains is told to"
+    assert (course / "figures/fig01_x.png").read_bytes() == b"picture"
+    assert json.loads((course / "report/results.json").read_text())["values"]["answer"]["notebook"] == "01_first"
+    assert set(json.loads((course / "notebooks/durations.json").read_text())["mini"]) == {"01_first", "02_second"}
+
+    assert cli.main(["run"]) == 0
+    said = capsys.readouterr().out
+    assert executed(course) == "ab" and said.count("unchanged, skipped") == 2
+
+    write_notebook(course / "notebooks/02_second.ipynb", FIRST, WRITE % "c")
+    assert cli.main(["run"]) == 0
+    assert executed(course) == "abc", "only what has changed runs again"
+
+    (course / "runs/mini/figures/fig01_x.png").unlink()
+    assert cli.main(["run", "--only", "01"]) == 0
+    assert executed(course) == "abca", "what lost its figure runs again"
+    assert cli.main(["run", "--only", "1", "--force"]) == 0
+    assert executed(course) == "abcaa"
+
+
+def test_a_failing_notebook_names_its_cell_and_keeps_the_rest(course, capsys):
+    write_notebook(course / "notebooks/02_second.ipynb", FIRST, "x = 1", "1 / 0")
+    assert cli.main(["run", "--preset", "smoke"]) == 1
+    captured = capsys.readouterr()
+    [line] = captured.err.strip().splitlines()
+    assert "02_second.ipynb failed" in line and "ZeroDivisionError: division by zero" in line
+    folder = course / "runs/smoke/notebooks"
+    assert (folder / "01_first.ipynb").exists() and (folder / "02_second.failed.ipynb").exists()
+    assert not (folder / "02_second.ipynb").exists() and not list(folder.glob("*.running.ipynb"))
+    assert not (course / "figures").exists() and not (course / "report").exists()
+
+    write_notebook(course / "notebooks/02_second.ipynb", FIRST, WRITE % "b")
+    assert cli.main(["run", "--preset", "smoke"]) == 0
+    assert executed(course) == "ab", "the first notebook is not executed again"
+    assert not (folder / "02_second.failed.ipynb").exists()
+    assert not (course / "report").exists(), "only the default preset publishes"
+
+
+def test_a_notebook_before_invalidates_those_after(course, monkeypatch):
+    ran = []
+    monkeypatch.setattr(notebooks, "execute", lambda path, output, *_: ran.append(path.stem) or output_of(path, output))
+    paths = notebooks.committed()
+    notebooks.run_all("mini", paths, say=lambda text: None)
+    write_notebook(course / "notebooks/01_first.ipynb", 'PRESET = "mini"', "2")
+    done = notebooks.run_all("mini", paths, say=lambda text: None)
+    assert ran == ["01_first", "02_second"] * 2 and not any(one.skipped for one in done)
+    assert all(one.skipped for one in notebooks.run_all("mini", paths, say=lambda text: None))
+    monkeypatch.setattr(notebooks, "shared_key", lambda preset: {"code": "changed"})
+    assert not any(one.skipped for one in notebooks.run_all("mini", paths, say=lambda text: None))
+
+
+def output_of(path: Path, output: Path) -> float:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(path.read_text())
+    return 1.0
+
+
+def test_outputs_do_not_change_the_source_hash(course):
+    path = course / "notebooks/01_first.ipynb"
+    before = notebooks.source_hash(path)
+    notebook = notebooks.read(path)
+    notebook.cells[0].execution_count = 5
+    notebooks.write(notebook, path)
+    assert notebooks.source_hash(path) == before
+    notebook.cells[0].source += "\n"
+    notebooks.write(notebook, path)
+    assert notebooks.source_hash(path) != before
+
+
+def test_durations_change_only_when_they_differ_much(course):
+    def one(seconds, skipped=False):
+        return notebooks.Executed(Path("01_x.ipynb"), Path("x"), seconds, skipped)
+
+    notebooks.write_durations("mini", [one(100)])
+    notebooks.write_durations("mini", [one(110)])
+    assert notebooks.expected_seconds("mini", "01_x") == 100
+    notebooks.write_durations("mini", [one(200, skipped=True)])
+    assert notebooks.expected_seconds("mini", "01_x") == 100
+    notebooks.write_durations("mini", [one(200)])
+    assert notebooks.expected_seconds("mini", "01_x") == 200
+    assert notebooks.expected_seconds("smoke", "01_x") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--preset", "nope"], "unknown preset 'nope'; known: mini"),
+        (["run", "--only", "9"], "no notebook 09; there are 01, 02"),
+        (["run", "--set", "WRONG=1"], "no notebook has a parameter 'WRONG'; known: FROM_SCRATCH, PRESET"),
+        (["run", "--set", "WRONG"], "NAME=VALUE"),
+        (["figure", "12"], "no notebook draws a figure 12"),
+        (["train"], "--dataset doodles or vintage"),
+        (["train", "--dataset", "nope"], "unknown dataset 'nope'; known: doodles, vintage"),
+        (["train", "--dataset", "doodles", "--set", "steps=many"], "steps is a whole number"),
+        (["train", "--dataset", "doodles", "--set", "stepz=1"], "unknown setting 'stepz'"),
+        (["train", "--data", "no/such/folder"], "no folder"),
+        (["sample", "--prompt", "x", "--count", "0"], "at least 1"),
+        (["report"], "no results.json"),
+        (["report", "--preset", "nope"], "unknown preset"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(course, capsys, arguments, words):
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    [line] = captured.err.strip().splitlines()
+    assert line.startswith("course: ") and words in line
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["run", "--nope"], ["figure", "six"], ["sample"]])
+def test_a_mistyped_command_line_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and "usage: course" in capsys.readouterr().err
+
+
+def test_a_folder_without_captions_is_refused(course, capsys):
+    folder = course / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    assert cli.main(["train", "--data", str(folder)]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "a.txt" in line or "caption" in line
+
+
+def test_missing_weights_are_said_in_a_sentence(course, capsys, monkeypatch):
+    from dataclasses import replace
+
+    preset = replace(get_preset("mini"), model="no/such/model")
+    monkeypatch.setattr(cli, "get_preset", lambda name: preset)
+    assert cli.main(["sample", "--prompt", "a cat"]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "no/such/model" in line
+
+
+def test_bugs_keep_their_traceback(course, monkeypatch):
+    monkeypatch.setattr(notebooks, "select", lambda only: {}["bug"])
+    with pytest.raises(KeyError):
+        cli.main(["run"])
+
+
+def test_debugging_shows_the_traceback(course, monkeypatch):
+    monkeypatch.setenv("COURSE_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown preset"):
+        cli.main(["run", "--preset", "nope"])
+
+
+def test_an_interrupt_is_no_traceback(course, monkeypatch, capsys):
+    def interrupted(only):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebooks, "select", interrupted)
+    assert cli.main(["run"]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_settings_are_parsed():
+    parsed = cli.parse_settings(["steps=200", "learning_rate=1e-4", "targets=('to_q',)", "use_rslora=True", "x=a b"])
+    assert parsed == {
+        "steps": 200,
+        "learning_rate": 1e-4,
+        "targets": ("to_q",),
+        "use_rslora": True,
+        "x": "a b",
+    }
+    assert cli.preset_with("mini", {"steps": 7}).train.steps == 7
+
+
+@pytest.mark.parametrize("setting", [{"steps": 1.5}, {"alpha": "x"}, {"use_rslora": 1}, {"targets": "to_q"}])
+def test_settings_of_the_wrong_kind_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        cli.preset_with("mini", setting)
+
+
+def test_a_folder_becomes_a_dataset(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+    preset, name = cli.with_folder(get_preset("mini"), "mine", tmp_path, held_out=1)
+    spec = preset.datasets["mine"]
+    assert (name, spec.train_rows, spec.held_out_rows) == ("mine", 2, 1)
+    assert preset.validation_prompts["mine"] == ("picture 0", "picture 1", "picture 2")
+    with pytest.raises(ValueError, match="none to train on"):
+        cli.with_folder(get_preset("mini"), "mine", tmp_path, held_out=3)
+    with pytest.raises(ValueError, match="doodles"):
+        cli.with_folder(get_preset("mini"), "doodles", tmp_path, held_out=0)
+
+
+def test_differences_of_a_figure_are_said(tmp_path):
+    from helpers.figures import picture_difference
+
+    def phrase(first, second):
+        return cli.describe_difference(tmp_path / first, tmp_path / second, picture_difference)
+
+    for name, value, size in (("a", 10, 8), ("b", 12, 8), ("c", 10, 9)):
+        Image.new("RGB", (size, size), (value,) * 3).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (8, 8), (10,) * 3).save(tmp_path / "d.png", compress_level=0)
+    assert "byte for byte" in phrase("a.png", "a.png")
+    assert "2.00 grey levels" in phrase("a.png", "b.png")
+    assert "another size" in phrase("a.png", "c.png")
+    assert "every pixel" in phrase("a.png", "d.png")
+    assert "no" in phrase("a.png", "none.png")
+
+
+def test_a_figure_is_found_in_the_notebook_that_names_it(course):
+    write_notebook(course / "notebooks/02_second.ipynb", FIRST, 'save_figure(fig, "fig07_x", PRESET)')
+    assert cli.notebook_of("fig07").name == "02_second.ipynb"
+    (course / "report").mkdir()
+    entry = {"notebook": "01_first", "provenance": "p"}
+    results = {"values": {}, "provenance": {}, "figures": {"fig07_x": entry}}
+    (course / "report/results.json").write_text(json.dumps(results))
+    assert cli.notebook_of("fig07").name == "01_first.ipynb", "what was recorded counts more than what is named"
+
+
+# -------------------------------------------------------------------------------------------------------- check
+def outcome(name, passed=1, failed=0):
+    return lambda *_: checks.Outcome(name, passed, failed, 0, f"{passed} passed")
+
+
+@pytest.mark.parametrize("failing", [None, "lint", "unit_tests", "notebook_tests", "measured_numbers"])
+def test_check_runs_everything_and_fails_when_one_does(tmp_path, monkeypatch, failing):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
+    for name in ("lint", "unit_tests", "notebook_tests", "measured_numbers"):
+        monkeypatch.setattr(checks, name, outcome(name, failed=int(name == failing)))
+    said = []
+    assert checks.check(said.append) is (failing is None)
+    assert said[-1] == f"total: 4 passed, {int(failing is not None)} failed, 0 skipped"
+
+
+@pytest.mark.parametrize(
+    ("source", "counts"),
+    [
+        ("def test_a(): pass\ndef test_b(): assert 0", (1, 1)),
+        ("def test_a(): pass", (1, 0)),
+        ("", (0, 1)),
+        ("syntax error", (0, 1)),
+    ],
+)
+def test_pytest_is_counted_and_no_test_is_a_failure(tmp_path, source, counts):
+    (tmp_path / "test_x.py").write_text(source)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    found = checks._pytest("x", ["-p", "no:cacheprovider", str(tmp_path)], environment)
+    assert (found.passed, found.failed) == counts
+
+
+def test_no_notebooks_is_a_failure():
+    assert checks.notebook_tests({}, []).failed == 1
+
+
+def test_strict_notebook_tests_compare_outputs(tmp_path):
+    cell = new_code_cell("print('x ≈0.91')", execution_count=1)
+    cell.outputs = [new_output("stream", text="x ≈0.93\n")]
+    notebooks.write(new_notebook(cells=[cell]), tmp_path / "01_x.ipynb")
+    assert checks.notebook_tests(dict(os.environ), [tmp_path / "01_x.ipynb"]).failed == 0
+    cell.outputs = [new_output("stream", text="y ≈0.93\n")]
+    notebooks.write(new_notebook(cells=[cell]), tmp_path / "01_x.ipynb")
+    assert checks.notebook_tests(dict(os.environ), [tmp_path / "01_x.ipynb"]).failed == 1
+
+
+def test_measured_numbers_are_compared(tmp_path):
+    def write(name, value):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        values = {"x": {"value": value, "tolerance": 0.1, "provenance": "p"}}
+        path = folder / "results.json"
+        path.write_text(json.dumps({"values": values, "figures": {}, "provenance": {}}))
+        return path
+
+    committed = write("committed", 1.0)
+    environment = {"COURSE_OUTPUT": str(tmp_path / "measured")}
+    assert checks.measured_numbers(environment, committed).failed == 1, "nothing measured"
+    write("measured", 1.05)
+    assert checks.measured_numbers(environment, committed).failed == 0
+    write("measured", 1.5)
+    assert checks.measured_numbers(environment, committed).failed == 1
+
+
+def test_doctor_reports_missing_weights(capsys, monkeypatch, tmp_path):
+    from dataclasses import replace
+
+    monkeypatch.setattr(checks, "get_preset", lambda name: replace(get_preset(name), model=str(tmp_path)))
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "!!  MiniSD" in said and "ok  Python" in said and "course run" in said
+
+
+@pytest.mark.parametrize(("gpu", "preset"), [(0, "MiniSD needs no GPU"), (16, "sd21-base"), (24, "sd21`")])
+def test_doctor_recommends_what_fits(gpu, preset):
+    assert preset in checks._advice(gpu)
+
+
+def test_the_command_starts_without_torch():
+    """`course --help` answers at once."""
+    import subprocess
+
+    code = "import sys; from helpers import cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=notebooks.ROOT, check=False).returncode == 0

@@ -1,0 +1,119 @@
+"""Presets: what they promise to notebooks, and what they refuse."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+
+from helpers import presets
+from helpers.presets import PRESETS, Datasets, DatasetSpec, TrainConfig, get_preset
+
+
+def test_the_five_presets_by_name():
+    assert list(PRESETS) == ["mini", "smoke", "sd21-base", "sd21", "sd15"]
+    assert all(get_preset(name).name == name for name in PRESETS)
+
+
+def test_unknown_preset_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown preset 'maxi'; known: mini, smoke, sd21-base, sd21, sd15"):
+        get_preset("maxi")
+
+
+def test_overrides_reach_the_preset_and_its_training():
+    changed = get_preset("mini", steps=3, guidance_scale=2.0)
+    assert (changed.train.steps, changed.guidance_scale) == (3, 2.0)
+    assert get_preset("mini").train.steps == 1000 and get_preset("mini").guidance_scale == 4.0
+    with pytest.raises(ValueError, match="unknown setting 'step'"):
+        get_preset("mini", step=3)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"rank": 0}, {"learning_rate": 0.0}, {"caption_dropout": 1.5}, {"lora_dropout": 1.0},
+            {"lr_schedule": "step"}]
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        get_preset("mini", **bad)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_cannot_be_changed_and_can_be_written_down(name):
+    preset = get_preset(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset.train.steps = 1
+    as_json = json.loads(json.dumps(dataclasses.asdict(preset)))
+    assert as_json["train"]["rank"] == 16 and [d["name"] for d in as_json["datasets"]] == ["doodles", "vintage"]
+
+
+def test_the_settings_of_the_homework_are_the_same_for_both_datasets():
+    mini = get_preset("mini")
+    assert (mini.train.steps, mini.train.batch_size, mini.train.rank, mini.train.alpha) == (1000, 8, 16, 16.0)
+    batches = [math.ceil(spec.train_rows / mini.train.batch_size) for spec in mini.datasets]
+    assert batches == [125, 86]
+    assert mini.train.steps % mini.train.checkpoint_every == 0 and mini.train.keep_checkpoints >= 2  # step 950 is kept
+
+
+def test_smoke_is_mini_with_small_budgets():
+    mini, smoke = get_preset("mini"), get_preset("smoke")
+    for same in ("model", "resolution", "prediction_type", "validation_prompts", "figure_prompts", "guidance_scale"):
+        assert getattr(smoke, same) == getattr(mini, same)
+    assert [(d.train_rows, d.held_out_rows) for d in smoke.datasets] == [(64, 32), (64, 32)]
+    assert (smoke.train.steps, smoke.eval_prompts, smoke.control_prompts, smoke.num_inference_steps) == (20, 8, 4, 6)
+
+
+def test_datasets_by_name_and_by_position():
+    datasets = get_preset("mini").datasets
+    assert datasets["vintage"] is datasets[1] and datasets.names == ("doodles", "vintage")
+    with pytest.raises(ValueError, match="unknown dataset 'photos'; known: doodles, vintage"):
+        datasets["photos"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_figures_6_and_7_follow_prompts_that_the_runs_validate(name):
+    preset = get_preset(name)
+    (portrait,), (sheriff,) = preset.figure_prompts["fig06"], preset.figure_prompts["fig07"]
+    assert all(portrait in preset.validation_prompts[dataset] for dataset in preset.datasets.names)
+    assert sheriff in preset.validation_prompts["vintage"]
+    assert set(preset.figure_prompts) == {f"fig0{i}" for i in range(3, 10)}
+    assert all(len(prompts) == 4 == len(set(prompts)) for prompts in preset.validation_prompts.values())
+
+
+def test_minisd_is_asked_only_for_words_that_its_captions_have():
+    from helpers.world.captions import vocabulary_corpus
+
+    known = set(re.findall(r"[a-z0-9]+", " ".join(vocabulary_corpus(3000))))
+    mini = get_preset("mini")
+    for prompt in [
+        p for prompts in (*mini.validation_prompts.values(), *mini.figure_prompts.values()) for p in prompts
+    ]:
+        assert set(re.findall(r"[a-z0-9]+", prompt)) <= known, prompt
+    assert "trump" not in known  # the check can fail
+
+
+def test_hub_models_are_pinned_and_local_ones_are_in_the_repository():
+    for preset in PRESETS.values():
+        if preset.revision is None:
+            assert preset.model_folder == presets.ROOT / "helpers/minisd/weights"
+        else:
+            assert preset.model_folder is None
+            assert all(re.fullmatch("[0-9a-f]{40}", r) for r in (preset.revision, *(r for _, r in preset.mirrors)))
+
+
+def test_an_absolute_model_folder_stays_as_it_is(tmp_path):
+    assert get_preset("sd15", model=str(tmp_path), revision=None).model_folder == tmp_path
+
+
+def test_course_runs_moves_the_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "elsewhere"))
+    assert presets.runs_folder() == (tmp_path / "elsewhere").resolve()
+    monkeypatch.delenv("COURSE_RUNS")
+    assert presets.runs_folder() == presets.ROOT / "runs"
+
+
+def test_presets_can_be_made_by_hand():
+    own = dataclasses.replace(
+        get_preset("mini"), datasets=Datasets((DatasetSpec("mine", "folder:pictures"),)), train=TrainConfig(steps=5)
+    )
+    assert own.datasets["mine"].text_column == "text" and hash(own) == hash(dataclasses.replace(own))
