@@ -1,0 +1,250 @@
+"""The parts of a text-to-image diffusion model, loaded from the repository, a folder or the Hugging Face hub.
+
+Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752) is five parts: a tokenizer and a text encoder turn a prompt
+into embeddings, a variational autoencoder (VAE) turns pictures into latents and back, a U-Net predicts the noise in
+latents, and a noise schedule says how much noise each timestep has. MiniSD has the same parts, smaller.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from .presets import ROOT, Preset
+
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+CLIP_VOCABULARY = 49_408  # every Stable Diffusion 1 and 2 has CLIP's tokenizer; MiniSD has a smaller one of its own
+CHUNK = 16  # pictures or prompts that go through the VAE or the text encoder at once
+
+# What a hub repository has to send: one full-precision safetensors file a part, never a pickle.
+WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *(f"{weights}.safetensors" for weights in WEIGHTS)]
+
+
+class ComponentsError(ValueError):
+    """A model cannot be loaded: its folder, a part of it or the hub is missing, or does not fit the preset."""
+
+
+@dataclass
+class Components:
+    """The parts of one model. They are in evaluation mode and frozen: a LoRA brings its own parameters.
+
+    noise_scheduler: the schedule for training; sampling reads `alphas_cumprod` from it.
+    name: hub repository or folder name. resolution: pixels on a side, by default what the U-Net was made for.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    name: str
+    is_minisd: bool
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        # Each level of the VAE but the last halves the picture.
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if self.resolution is None:
+            self.resolution = self.unet.config.sample_size * factor
+        if self.resolution % factor:
+            raise ComponentsError(f"resolution {self.resolution} is no multiple of {factor}, as {self.name} needs")
+        self._latent_size = self.resolution // factor
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of one picture."""
+        return self.unet.config.in_channels, self._latent_size, self._latent_size
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net outputs: "epsilon" or "v_prediction"."""
+        return self.noise_scheduler.config.prediction_type
+
+    @property
+    def title(self) -> str:
+        """What figures call the model: "MiniSD", or the name of the hub repository or folder."""
+        return "MiniSD" if self.is_minisd else self.name
+
+
+def load_components(preset: Preset, device: str | torch.device | None = None) -> Components:
+    """The parts of the preset's model, frozen, in evaluation mode, on `device` (by default the best there is).
+
+    On a CPU everything is float32; elsewhere it is `preset.dtype`. Only safetensors files are read.
+    Raises ComponentsError (a ValueError) with what to do when weights are missing, damaged or not the preset's.
+    """
+    device = torch.device(device or default_device())
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
+    folder, name = find_model(preset)
+    parts = read_parts(folder)
+    found = parts["noise_scheduler"].config.prediction_type
+    if found != preset.prediction_type:
+        raise ComponentsError(f"{name} is a {found} model, but preset {preset.name!r} says {preset.prediction_type}")
+    for part in ("text_encoder", "vae", "unet"):
+        parts[part].to(device=device, dtype=dtype).eval().requires_grad_(False)
+    is_minisd = len(parts["tokenizer"]) < CLIP_VOCABULARY
+    return Components(**parts, name=name, is_minisd=is_minisd, resolution=preset.resolution)
+
+
+def default_device() -> str:
+    """The first of "cuda", "mps" and "cpu" that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_model(preset: Preset) -> tuple[Path, str]:
+    """The folder that holds the preset's model (downloaded if it lives on the hub), and the model's name."""
+    if preset.revision is None:
+        folder = ROOT / preset.model
+        missing = [part for part in PARTS if not (folder / part).is_dir()]
+        if missing:
+            raise ComponentsError(
+                f"no model in {preset.model}: it has no {', '.join(missing)} folder; restore it with "
+                f"`git checkout -- {preset.model}`, or name another folder in diffusers layout"
+            )
+        return folder, folder.name
+    return download(preset)
+
+
+def download(preset: Preset) -> tuple[Path, str]:
+    """The preset's hub repository, else its mirrors in order; files already on this machine are not fetched again."""
+    from huggingface_hub import snapshot_download
+
+    failures = []
+    for repository, revision in ((preset.model, preset.revision), *preset.mirrors):
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES)), repository
+        except Exception as error:  # the hub's client raises many kinds; each is told below
+            failures.append(f"{repository}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+    raise ComponentsError(
+        f"cannot download the model of preset {preset.name!r} ({'; '.join(failures)}); connect to the internet, or "
+        "choose the preset 'mini', which needs no download"
+    )
+
+
+def read_parts(folder: Path) -> dict:
+    """The five parts in a folder of diffusers layout, as float32 on the CPU, named as in `Components`."""
+    safe = {"use_safetensors": True, "torch_dtype": torch.float32}
+    readers = {
+        "tokenizer": CLIPTokenizer.from_pretrained,
+        "text_encoder": read_text_encoder,
+        "vae": lambda path: AutoencoderKL.from_pretrained(path, **safe),
+        "unet": lambda path: UNet2DConditionModel.from_pretrained(path, **safe),
+        "noise_scheduler": read_noise_scheduler,
+    }
+    parts = {}
+    for name, read in readers.items():
+        subfolder = folder / ("scheduler" if name == "noise_scheduler" else name)
+        try:
+            parts[name] = read(subfolder)
+        except Exception as error:  # OSError, SafetensorError, KeyError, json's: all mean that the part is unusable
+            raise ComponentsError(f"cannot read the {subfolder.name} of the model in {folder}: {error}") from error
+    use_padding_of_stable_diffusion_2(parts)
+    return parts
+
+
+def read_text_encoder(folder: Path) -> CLIPTextModel:
+    """The text encoder, with every weight found in the file (transformers 4 and 5 name them differently)."""
+    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = CLIPTextModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+    if report["missing_keys"]:
+        raise ComponentsError(f"these weights are missing: {', '.join(sorted(report['missing_keys']))}")
+    return model.float()
+
+
+def read_noise_scheduler(folder: Path) -> DDPMScheduler:
+    """The training schedule, whichever sampler the folder's configuration is for."""
+    config = DDIMScheduler.load_config(folder)
+    return DDPMScheduler.from_config(config, clip_sample=False, steps_offset=1)
+
+
+def use_padding_of_stable_diffusion_2(parts: dict) -> None:
+    """Stable Diffusion 2 was trained with captions padded by token 0 ("!"), though some of its files say otherwise."""
+    if parts["text_encoder"].config.hidden_size == 1024:
+        parts["tokenizer"].pad_token = parts["tokenizer"].convert_ids_to_tokens(0)
+
+
+def tokenize(components: Components, prompts: list[str]) -> Tensor:
+    """Token ids int64 [B, L], padded to the text encoder's L positions.
+
+    Longer prompts are cut at the end, and one warning says how many.
+    """
+    length = components.text_encoder.config.max_position_embeddings
+    whole = components.tokenizer(prompts, verbose=False).input_ids
+    cut = sum(len(ids) > length for ids in whole)
+    if cut:
+        warnings.warn(f"{cut} of {len(prompts)} prompts are longer than {length} tokens and were cut", stacklevel=3)
+    fixed = {"padding": "max_length", "max_length": length, "truncation": True}
+    return components.tokenizer(prompts, **fixed, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def encode_prompts(components: Components, prompts: list[str]) -> Tensor:
+    """Text embeddings [B, L, D] (`encoder_hidden_states`) of B prompts, L tokens each. "" is the unconditional one."""
+    if not prompts:
+        raise ValueError("there are no prompts to encode")
+    chunks = tokenize(components, list(prompts)).to(components.device).split(CHUNK)
+    return torch.cat([components.text_encoder(chunk)[0] for chunk in chunks])
+
+
+@torch.no_grad()
+def to_latents(components: Components, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each float32 [B, C, h, w], of the latents of pictures [B, 3, H, W] in -1..1.
+
+    Both are multiplied by the VAE's scaling factor, so `mean + std * noise` is what the U-Net is trained on
+    (Rombach et al. 2022, section 3.1 and appendix G).
+    """
+    scale = components.vae.config.scaling_factor
+    pictures = pictures.to(components.device, components.vae.dtype)
+    posteriors = [components.vae.encode(chunk).latent_dist for chunk in pictures.split(CHUNK)]
+    mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+    std = torch.cat([posterior.std for posterior in posteriors]).float()
+    return mean * scale, std * scale
+
+
+@torch.no_grad()
+def to_pictures(components: Components, latents: Tensor) -> Tensor:
+    """Pictures float32 [B, 3, H, W] in 0..1 that the VAE decodes from latents [B, C, h, w]."""
+    latents = latents.to(components.device, components.vae.dtype) / components.vae.config.scaling_factor
+    decoded = torch.cat([components.vae.decode(chunk).sample for chunk in latents.split(CHUNK)])
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """RGB pictures of a tensor [B, 3, H, W] in 0..1."""
+    pixels = (pictures.detach().float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def as_pipeline(components: Components) -> StableDiffusionPipeline:
+    """The same modules as diffusers' own pipeline with a DDIM sampler and no safety checker. Nothing is copied."""
+    ddim = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+    pipeline = StableDiffusionPipeline(
+        **{part: getattr(components, part) for part in ("vae", "text_encoder", "tokenizer", "unet")},
+        scheduler=DDIMScheduler.from_config(components.noise_scheduler.config, **ddim),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
