@@ -45,7 +45,7 @@ class TrainConfig:
     validation_epochs: int = 2  # validation pictures every so many epochs, and before the first and after the last step
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
-    held_out_eval: int = 64  # held-out pictures whose loss each validation measures; 0 means none
+    held_out_eval: int = 32  # held-out pictures whose loss each validation measures; 0 means none
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "rank", "validation_epochs", "checkpoint_every", "keep_checkpoints"):

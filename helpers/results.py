@@ -61,6 +61,10 @@ class Results:
         """
         self.preset = get_preset(preset) if isinstance(preset, str) else preset
         self.path = Path(path) if path is not None else output_folder(self.preset) / "results.json"
+        self._read()
+
+    def _read(self) -> None:
+        """Take in what other instances, or other notebooks, have written since."""
         self.data = read(self.path) if self.path.exists() else {"values": {}, "figures": {}, "provenance": {}}
 
     def record(
@@ -97,6 +101,7 @@ class Results:
         notebook = notebook or os.environ.get("COURSE_NOTEBOOK")
         optional = {"n": n, "tolerance": tolerance, "notebook": notebook, "varies": varies or None, **extra}
         entry |= {key: _plain(v, name) for key, v in optional.items() if v is not None}
+        self._read()
         entry["provenance"] = self._provenance()
         self.data["values"][name] = entry
         self._write()
@@ -106,6 +111,7 @@ class Results:
         """Keeps what is known about a figure (its file, alt text, model, run, seed); see `figures.save_figure`."""
         entry["notebook"] = entry.get("notebook") or os.environ.get("COURSE_NOTEBOOK")
         entry = {key: _plain(value, name) for key, value in entry.items() if value is not None}
+        self._read()
         self.data["figures"][name] = entry | {"provenance": self._provenance()}
         self._write()
 
@@ -132,6 +138,7 @@ class Results:
 
     def forget(self, notebook: str) -> None:
         """Drops what a notebook recorded: before it runs again, so that nothing it no longer measures stays behind."""
+        self._read()
         for section in ("values", "figures"):
             kept = {k: v for k, v in self.data[section].items() if v.get("notebook") != notebook}
             self.data[section] = kept

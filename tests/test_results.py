@@ -31,6 +31,15 @@ def test_recorded_values_survive(results):
     assert (entry["notebook"], entry["unit"]) == ("05_styled", "share")
 
 
+def test_two_instances_do_not_undo_each_other(results):
+    other = Results("mini", results.path)
+    other.record("theirs", 1)
+    results.record("mine", 2)
+    other.record_figure("fig", file="fig.png")
+    assert Results("mini", results.path).names == ["mine", "theirs"]
+    assert list(Results("mini", results.path).figures) == ["fig"]
+
+
 def test_provenance_is_complete_and_noted_once(results):
     results.record("a", 1)
     results.record("b", 2)

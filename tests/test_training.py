@@ -594,7 +594,12 @@ def test_missing_weights_and_unknown_names_are_one_sentence(world, pictures, cap
 # --- tracking ----------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_that_fails_is_noted_once_and_stops_nothing(preset, tiny, monkeypatch):
+@pytest.fixture
+def short(world, pictures):
+    return make_preset(pictures, steps=2, validation_epochs=1000, held_out_eval=0)
+
+
+def test_a_tracker_that_fails_is_noted_once_and_stops_nothing(short, tiny, monkeypatch):
     class Broken:
         def init(self, **settings):
             return self
@@ -609,21 +614,21 @@ def test_a_tracker_that_fails_is_noted_once_and_stops_nothing(preset, tiny, monk
             raise OSError("disk full")
 
     monkeypatch.setitem(sys.modules, "wandb", Broken())
-    run = quiet(preset, tiny, tracker="wandb")
+    run = quiet(short, tiny, tracker="wandb")
     notes = [(m["step"], m["note"]) for m in run.metrics() if "note" in m]
     assert notes == [(0, "tracking stopped: OSError: disk full")] and is_finished(run.dir)
 
 
-def test_wandb_records_offline_inside_the_run_and_says_nothing(preset, tiny, monkeypatch, capfd):
+def test_wandb_records_offline_inside_the_run_and_says_nothing(short, tiny, monkeypatch, capfd):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    run = quiet(preset, tiny, tracker="wandb")
+    run = quiet(short, tiny, tracker="wandb")
     out = capfd.readouterr()
     assert (out.out, out.err) == ("", "")
     assert not [m["note"] for m in run.metrics() if "note" in m]
     assert list((run.dir / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_unknown_trackers_are_refused(preset, tiny):
+def test_unknown_trackers_are_refused(short, tiny):
     with pytest.raises(ValueError, match="unknown tracker 'mlflow'"):
-        quiet(preset, tiny, tracker="mlflow")
+        quiet(short, tiny, tracker="mlflow")

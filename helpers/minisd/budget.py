@@ -31,10 +31,10 @@ class Ema:
                 if value.is_floating_point():
                     self.weights[name][key].lerp_(value, 1 - decay)
 
-    def copy_to(self, modules: dict[str, nn.Module]) -> None:
-        """Load the average into `modules`."""
-        for name, module in modules.items():
-            module.load_state_dict(self.weights[name])
+    def copy_to(self, modules: dict) -> None:
+        """Load the average into the modules of these names."""
+        for name, weights in self.weights.items():
+            modules[name].load_state_dict(weights)
 
 
 def _state(module: nn.Module) -> dict:

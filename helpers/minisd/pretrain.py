@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from helpers.minisd import architecture
 from helpers.minisd.budget import Budget
 from helpers.minisd.classifier import train_classifier
-from helpers.minisd.pool import Pool, draw_pool
-from helpers.minisd.train_unet import latent_pool, train_unet
+from helpers.minisd.pool import draw_pool
+from helpers.minisd.train_unet import LatentPool, latent_pool, train_unet
 from helpers.minisd.train_vae import encode, fold_statistics, reconstruct, train_vae
 from helpers.presets import RUNS
+from helpers.provenance import atomic_path, tensor_hash
 from helpers.world.captions import vocabulary_corpus
 from helpers.world.scenes import BASE_STYLES, HELD_OUT_STYLES, STYLES
 
@@ -92,12 +94,23 @@ def save_sheet(pictures: list[Image.Image], columns: int, path: Path, zoom: int 
     canvas.save(path)
 
 
+def cached_latents(parts: dict, args, size: int) -> LatentPool:
+    """The U-Net's pool of latents, drawn and encoded once per autoencoder and kept for the next sitting."""
+    key = tensor_hash(parts["vae"].state_dict())[:12]
+    path = args.work / f"latents-{args.pictures}-{key}.safetensors"
+    if not path.exists():
+        pool = draw_pool(args.pictures, BASE_SHARES, size, seed=2)
+        mean, std = encode(parts["vae"], pool.pictures)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        latents = latent_pool(mean, std, pool.captions, parts["tokenizer"])
+        with atomic_path(path) as temporary:
+            save_file({name: value.contiguous() for name, value in vars(latents).items()}, temporary)
+    return LatentPool(**load_file(path))
+
+
 def unet_stage(parts: dict, args, size: int) -> None:
     """Train U-Net and text encoder on the base styles, without the held-out pairs."""
-    pool: Pool = draw_pool(args.pictures, BASE_SHARES, size, seed=2)
-    mean, std = encode(parts["vae"], pool.pictures)
-    latents = latent_pool(mean, std, pool.captions, parts["tokenizer"])
-    del pool
+    latents = cached_latents(parts, args, size)
     budget = Budget(args.work / "unet", seconds(args, "unet"))
 
     def on_save(ema):
