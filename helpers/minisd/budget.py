@@ -48,12 +48,12 @@ class Budget:
         self.folder, self.seconds = Path(folder), seconds
         self.log_every, self.checkpoint_seconds = log_every, checkpoint_seconds
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.step, self.spent, self._since = 0, 0.0, time.monotonic()
+        self.step, self.pictures, self.spent, self._since = 0, 0, 0.0, time.monotonic()
         self._saved_at, self._losses = 0.0, []
         self.state_file = self.folder / "state.json"
         if self.state_file.exists():
             state = json.loads(self.state_file.read_text())
-            self.step, self.spent = state["step"], state["seconds"]
+            self.step, self.pictures, self.spent = state["step"], state["pictures"], state["seconds"]
             self._saved_at = self.spent
 
     def elapsed(self) -> float:
@@ -72,12 +72,14 @@ class Budget:
         warm = min(1.0, (self.step + 1) / warmup_steps)
         return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed() / self.seconds))))
 
-    def log(self, loss: float, **values) -> None:
-        """Append the mean loss of the last `log_every` steps to log.jsonl and print it."""
+    def log(self, loss: float, pictures: int) -> None:
+        """Count the pictures of this step; append the mean loss of the last `log_every` steps to log.jsonl."""
+        self.pictures += pictures
         self._losses.append(loss)
         if (self.step + 1) % self.log_every == 0:
             mean = sum(self._losses) / len(self._losses)
-            row = {"step": self.step + 1, "seconds": round(self.elapsed(), 1), "loss": round(mean, 5), **values}
+            row = {"step": self.step + 1, "seconds": round(self.elapsed(), 1), "loss": round(mean, 5)}
+            row["pictures"] = self.pictures
             with (self.folder / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
@@ -95,7 +97,8 @@ class Budget:
         with atomic_path(self.folder / "checkpoint.safetensors") as path:
             save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, path)
         with atomic_path(self.state_file) as path:
-            path.write_text(json.dumps({"step": self.step + 1, "seconds": self._saved_at}))
+            state = {"step": self.step + 1, "seconds": self._saved_at, "pictures": self.pictures}
+            path.write_text(json.dumps(state))
         return True
 
     def resume(self, modules: dict[str, nn.Module], optimizer, ema: Ema) -> None:

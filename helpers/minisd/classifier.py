@@ -141,7 +141,7 @@ def train_classifier(pool, blurred, budget: Budget, batch_size: int = 64, path: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update(step)
-        budget.log(loss=loss.item())
+        budget.log(loss.item(), batch_size)
         budget.checkpoint({"classifier": model}, optimizer, ema)
     with atomic_path(path) as temporary:
         save_file({k: v.half().contiguous() for k, v in ema.weights["classifier"].items()}, temporary)

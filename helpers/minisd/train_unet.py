@@ -98,7 +98,7 @@ def train_unet(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         ema.update(step)
-        budget.log(loss=loss.item(), pictures=(step + 1) * batch_size)
+        budget.log(loss.item(), batch_size)
         if budget.checkpoint(modules, optimizer, ema) and on_save:
             on_save(ema)
     ema.copy_to(modules)

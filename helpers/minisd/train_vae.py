@@ -68,7 +68,7 @@ def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         ema.update(step)
-        budget.log(loss=loss.item(), pictures=(step + 1) * batch_size)
+        budget.log(loss.item(), batch_size)
         budget.checkpoint({"vae": vae}, optimizer, ema)
     ema.copy_to({"vae": vae})
     vae.eval()
