@@ -15,9 +15,11 @@ from helpers.minisd import architecture
 from helpers.minisd.architecture import SCALING_FACTOR, TINY
 from helpers.minisd.budget import Budget, Ema
 from helpers.minisd.classifier import HEADS, Classifier, labels, load_classifier, loss_of, visible
-from helpers.minisd.measure import CARD, METRICS, table
+from helpers.minisd.grow import deepen
+from helpers.minisd.measure import CARD, METRICS, table, training_log
 from helpers.minisd.pool import draw_pool
-from helpers.minisd.train_unet import CAPTION_DROPOUT, draw_batch, latent_pool
+from helpers.minisd.pretrain import finished_parts
+from helpers.minisd.train_unet import CAPTION_DROPOUT, draw_batch, draw_timesteps, latent_pool
 from helpers.minisd.train_vae import encode, fold_statistics, narrow_posterior, psnr, reconstruct
 from helpers.presets import get_preset
 from helpers.provenance import folder_weights_hash
@@ -70,6 +72,30 @@ def test_folding_normalises_latents_and_keeps_reconstructions(parts, pool):
     assert torch.allclose(ratio, torch.ones(4), atol=1e-3)
 
 
+def test_a_deepened_unet_computes_the_same_and_can_learn(parts):
+    torch.manual_seed(0)
+    unet = parts["unet"]
+    deeper = deepen(unet)
+    assert deeper.config.layers_per_block == 2
+    assert sum(p.numel() for p in deeper.parameters()) > 1.2 * sum(p.numel() for p in unet.parameters())
+    x, text = torch.randn(2, 4, 4, 4), torch.randn(2, 24, 16)
+    assert torch.equal(deeper(x, 7, text).sample, unet(x, 7, text).sample)
+    deeper(x, 7, text).sample.square().sum().backward()
+    new = deeper.down_blocks[0].resnets[1].conv2.weight, deeper.up_blocks[1].attentions[1].proj_out.weight
+    assert all(weight.grad.abs().max() > 0 and not weight.any() for weight in new)
+    with pytest.raises(ValueError, match="1 layer"):
+        deepen(deeper)
+
+
+def test_finished_parts_are_deepened_only_if_need_be(parts, tmp_path):
+    architecture.save(parts, tmp_path / "weights")
+    layers = {n: finished_parts(tmp_path / "weights", ("unet",), n)["unet"].config.layers_per_block for n in (1, 2)}
+    assert layers == {1: 1, 2: 2}
+    again = finished_parts(tmp_path / "weights", ("vae", "tokenizer"), 2)
+    assert set(again) == {"vae", "tokenizer"}
+    assert torch.equal(again["vae"].quant_conv.weight, parts["vae"].quant_conv.weight.half().float())
+
+
 def test_narrow_posterior_starts_at_a_tenth(parts, pool):
     narrow_posterior(parts["vae"])
     assert torch.allclose(encode(parts["vae"], pool.pictures)[1], torch.tensor(0.1), atol=1e-5)
@@ -89,8 +115,16 @@ def test_batches_repeat_and_drop_a_tenth_of_the_captions(parts, pool):
     assert not torch.equal(first[1], other[1])
     dropped = (first[3] == latents.empty).all(1).float().mean()
     assert abs(dropped - CAPTION_DROPOUT) < 0.07
-    # stratified: one timestep in each fifth of a percent
-    assert (first[2].sort().values // 5).tolist() == list(range(200))
+
+
+def test_timesteps_are_half_uniform_and_half_in_the_middle():
+    t = draw_timesteps(2000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 999
+    # uniform: 20%; logit-normal: P(|z| > ln 9) = 2.8% beyond 0.1 and 0.9
+    outer = ((t < 100) | (t >= 900)).float().mean().item()
+    assert outer == pytest.approx((0.2 + 0.028) / 2, abs=0.005)
+    assert (t >= 990).any()  # where sampling begins
+    assert (t.sort().values != t).any()
 
 
 def _train(folder, stop, total=6):
@@ -156,6 +190,15 @@ def test_classifier_takes_any_size():
 def test_missing_judge_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="classifier"):
         load_classifier(tmp_path / "classifier.safetensors")
+
+
+def test_training_log_names_each_stage_and_its_sitting(tmp_path):
+    for stage, pictures in (("unet", 8), ("vae", 16)):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "log.jsonl").write_text(f'{{"pictures": 1}}\n{{"pictures": {pictures}}}\n')
+    expected = [{"stage": "vae, later", "pictures": 16}, {"stage": "unet, later", "pictures": 8}]
+    assert training_log(tmp_path, "later") == expected
+    assert [row["stage"] for row in training_log(tmp_path, "")] == ["vae", "unet"]
 
 
 # --- the committed weights ---------------------------------------------------------------------------------------

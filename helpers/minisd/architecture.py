@@ -32,7 +32,7 @@ class Geometry:
     vae_groups: int = 8
     latent_channels: int = 4
     unet: tuple[int, ...] = (48, 96, 192)
-    unet_layers: int = 1
+    unet_layers: int = 2
     unet_heads: tuple[int, ...] = (2, 4, 6)
     unet_groups: int = 16
     text_width: int = 128
@@ -47,11 +47,11 @@ class Geometry:
         return 2 ** (len(self.vae) - 1)
 
 
-CPU = Geometry()  # f=4: what two cores can train in two hours
+CPU = Geometry()  # f=4: what two cores can train in a few hours
 GPU = Geometry(picture=128, vae=(32, 48, 96, 128))  # f=8: same latents, same U-Net, sharper pictures
 TINY = Geometry(
     picture=16, vae=(8, 8, 8), vae_groups=4, unet=(8, 16, 16), unet_heads=(2, 2, 2), unet_groups=4,
-    text_width=16, text_layers=2, text_heads=2, text_positions=24, vocabulary=600,
+    unet_layers=1, text_width=16, text_layers=2, text_heads=2, text_positions=24, vocabulary=600,
 )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ HEADS: dict[str, tuple[str, ...]] = {
     "background": scenes.BACKGROUNDS,
     "expression": scenes.EXPRESSIONS,
 }
+# Weights of the heads' losses, where not 1: the two attributes that every claim about content rests on.
+EMPHASIS = {"subject": 3.0, "headwear": 3.0}
 
 
 class Block(nn.Module):
@@ -107,23 +109,23 @@ def visible(name: str, styles: Tensor) -> Tensor:
 
 
 def loss_of(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    """Sum of the heads' cross-entropies, each over the pictures in which its attribute is visible."""
+    """Weighted sum of the heads' cross-entropies, each over the pictures in which its attribute is visible."""
     total = torch.zeros(())
     for name, out in logits.items():
         mask = visible(name, targets["style"])
         if mask.any():
-            total = total + F.cross_entropy(out[mask], targets[name][mask])
+            total = total + EMPHASIS.get(name, 1.0) * F.cross_entropy(out[mask], targets[name][mask])
     return total
 
 
-def train_classifier(pool, blurred, budget: Budget, batch_size: int = 64, path: Path = WEIGHTS):
+def train_classifier(pool, blurred, budget: Budget, batch_size: int = 64, path: Path = WEIGHTS, go_on: bool = False):
     """Train on pool.pictures (uint8 [N, S, S, 3]) and, every other step, on `blurred`, the first of them after the VAE.
 
-    Writes fp16 weights to path.
+    Starts from random weights, or with `go_on` from those at path. Writes fp16 weights to path.
     """
     targets = labels(pool.scenes, pool.styles)
     torch.manual_seed(0)
-    model = Classifier()
+    model = load_classifier(path).train().requires_grad_(True) if go_on else Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
     ema = Ema({"classifier": model}, decay=0.998)
     budget.resume({"classifier": model}, optimizer, ema)

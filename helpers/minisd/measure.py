@@ -21,7 +21,7 @@ from helpers.presets import get_preset
 from helpers.provenance import folder_weights_hash, versions, write_json_atomic
 from helpers.sampling import generate
 from helpers.world.captions import prompt
-from helpers.world.scenes import BASE_STYLES, STYLES
+from helpers.world.scenes import BASE_STYLES, STYLES, Scene
 
 HERE = Path(__file__).parent
 METRICS, CARD, TEMPLATE = HERE / "metrics.json", HERE / "README.md", HERE / "card.md"
@@ -75,27 +75,43 @@ def measure_prompts(components: Components, count: int = 500) -> dict:
     return {**out, "style": row(wilson(hits, count)), "settings": settings}
 
 
-def eye_pictures(components: Components) -> tuple[list[Image.Image], list[str]]:
-    """The pictures that were labelled by eye, and their prompts: all base styles, pairs seen and unseen."""
-    scenes = evaluation_scenes(EYE_PICTURES, seed=7000, pairs="all")
-    prompts = [prompt(s, BASE_STYLES[k % 3]) for k, s in enumerate(scenes)]
-    return generate(components, prompts, list(range(EYE_PICTURES)), num_inference_steps=25), prompts
+def eye_scenes() -> list[Scene]:
+    """What the pictures that were labelled by eye should show: pairs of subject and headwear seen and unseen."""
+    return evaluation_scenes(EYE_PICTURES, seed=7000, pairs="all")
 
 
-def measure_eye() -> dict | None:
-    """Agreement of the judge with labels given by eye, without seeing its answers; None before there are labels."""
-    if not EYE_LABELS.exists():
+def eye_pictures(components: Components) -> list[Image.Image]:
+    """The pictures that were labelled by eye, the three base styles in turn; picture k has seed k."""
+    prompts = [prompt(scene, BASE_STYLES[k % len(BASE_STYLES)]) for k, scene in enumerate(eye_scenes())]
+    guidance_scale = get_preset("mini").guidance_scale
+    seeds = list(range(EYE_PICTURES))
+    return generate(components, prompts, seeds, num_inference_steps=25, guidance_scale=guidance_scale)
+
+
+def measure_eye(weights: str) -> dict | None:
+    """What readers who saw neither prompts nor the judge's answers named, against both; None without their labels.
+
+    weights: hash of the weights that drew the sheet; labels of another sheet do not count.
+    """
+    labels = json.loads(EYE_LABELS.read_text()) if EYE_LABELS.exists() else {}
+    if labels.get("weights") != weights:
         return None
-    labels = json.loads(EYE_LABELS.read_text())
     sheet = Image.open(EYE_SHEET)
     side = sheet.width // EYE_COLUMNS
-    boxes = [(side * (k % EYE_COLUMNS), side * (k // EYE_COLUMNS)) for k in range(len(labels["subject"]))]
+    boxes = [(side * (k % EYE_COLUMNS), side * (k // EYE_COLUMNS)) for k in range(EYE_PICTURES)]
     verdict = judge([sheet.crop((x, y, x + side, y + side)) for x, y in boxes])
     out = {}
-    for attribute in ("subject", "headwear"):
-        pairs = [(a, b) for a, b in zip(labels[attribute], verdict.names[attribute], strict=True) if a != "unclear"]
-        out[attribute] = row(wilson(sum(a == b for a, b in pairs), len(pairs)))
-        out[attribute]["unclear"] = len(labels[attribute]) - len(pairs)
+    for number, reader in enumerate(labels["readers"], start=1):
+        for attribute in JUDGED[:2]:
+            pairs = [(a, b) for a, b in zip(reader[attribute], verdict.names[attribute], strict=True) if a != "unclear"]
+            agree = wilson(sum(a == b for a, b in pairs), len(pairs))
+            out[f"{attribute}: the judge sees what reader {number} sees"] = row(agree)
+        asked = [[getattr(scene, attribute) for attribute in JUDGED[:2]] for scene in eye_scenes()]
+        seen = zip(reader["subject"], reader["headwear"], strict=True)
+        right = [list(names) == wanted for names, wanted in zip(seen, asked, strict=True)]
+        for count in (20, EYE_PICTURES):
+            name = f"subject and headwear: reader {number} sees what was asked, first {count}"
+            out[name] = row(wilson(sum(right[:count]), count))
     return out
 
 
@@ -128,8 +144,8 @@ def write_card(metrics: dict) -> None:
         "eye": eye or "Not labelled yet for these weights.",
         "parameters": "\n".join(f"- {name}: {count:,}" for name, count in metrics["parameters"].items()),
         "training": "\n".join(
-            f"- {stage}: {r['seconds'] / 60:.0f} minutes, {r['step']:,} steps, {r['pictures']:,} pictures seen"
-            for stage, r in metrics["training"].items()
+            f"- {r['stage']}: {r['seconds'] / 60:.0f} minutes, {r['step']:,} steps, {r['pictures']:,} pictures seen"
+            for r in metrics["training"]
         ),
         "hash": metrics["weights"][:12],
         "size": str(metrics["resolution"]),
@@ -137,14 +153,15 @@ def write_card(metrics: dict) -> None:
     CARD.write_text(TEMPLATE.read_text().format_map(values))
 
 
-def training_log(work: Path) -> dict:
-    """Last line of each stage's log: steps, seconds, pictures."""
-    out = {}
-    for stage in ("vae", "unet", "classifier"):
-        log = work / stage / "log.jsonl"
-        if log.exists():
-            out[stage] = json.loads(log.read_text().splitlines()[-1])
-    return out
+def training_log(work: Path, note: str) -> list[dict]:
+    """The last line of each stage's log, in the order of training: stage (with the note), steps, seconds, pictures."""
+    logs = {stage: work / stage / "log.jsonl" for stage in ("vae", "unet", "classifier")}
+    names = {stage: f"{stage}, {note}" if note else stage for stage in logs}
+    return [
+        {"stage": names[stage], **json.loads(log.read_text().splitlines()[-1])}
+        for stage, log in logs.items()
+        if log.exists()
+    ]
 
 
 def main() -> None:
@@ -153,27 +170,32 @@ def main() -> None:
     p.add_argument("--sheet", action="store_true", help="only write the sheet of pictures to label by eye")
     p.add_argument("--card", action="store_true", help="only rewrite the card from metrics.json and the labels")
     p.add_argument("--prompts", type=int, default=500)
-    p.add_argument("--work", type=Path, default=None, help="folder of the pretraining's logs")
+    p.add_argument("--work", type=Path, default=None, help="folder of the logs of a pretraining from random weights")
+    p.add_argument("--went-on", metavar="NOTE", help="the pretraining in --work went on from the weights before it")
     args = p.parse_args()
     if args.card:
-        metrics = json.loads(METRICS.read_text()) | {"eye": measure_eye()}
+        metrics = json.loads(METRICS.read_text())
+        metrics["eye"] = measure_eye(metrics["weights"])
         write_json_atomic(METRICS, metrics)
         return write_card(metrics)
     preset = get_preset("mini")
     components = load_components(preset)
     if args.sheet:
-        return save_sheet(eye_pictures(components)[0], EYE_COLUMNS, EYE_SHEET, zoom=1)
+        return save_sheet(eye_pictures(components), EYE_COLUMNS, EYE_SHEET, zoom=1)
     old = json.loads(METRICS.read_text()) if METRICS.exists() else {}
+    training = old.get("training", []) if args.went_on or not args.work else []
+    training = training + (training_log(args.work, args.went_on or "") if args.work else [])
     parts = {"U-Net": components.unet, "VAE": components.vae, "text encoder": components.text_encoder}
+    weights = folder_weights_hash(preset.model_folder)
     metrics = {
-        "weights": folder_weights_hash(preset.model_folder),
+        "weights": weights,
         "resolution": preset.resolution,
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        "training": training_log(args.work) if args.work else old.get("training", {}),
+        "training": training,
         "vae": measure_autoencoder(components, preset.resolution),
         "judge": measure_judge(components, preset.resolution),
         "prompts": measure_prompts(components, args.prompts),
-        "eye": measure_eye(),
+        "eye": measure_eye(weights),
         "versions": versions(),
     }
     write_json_atomic(METRICS, metrics)

@@ -11,12 +11,14 @@ import copy
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers.minisd import architecture
 from helpers.minisd.budget import Budget
 from helpers.minisd.classifier import train_classifier
+from helpers.minisd.grow import deepen
 from helpers.minisd.pool import draw_pool
 from helpers.minisd.train_unet import LatentPool, latent_pool, train_unet
 from helpers.minisd.train_vae import encode, fold_statistics, reconstruct, train_vae
@@ -53,7 +55,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--work", type=Path, default=RUNS / "pretrain", help="checkpoints, logs and sheets")
     p.add_argument("--out", type=Path, default=WEIGHTS, help="the finished pipeline folder")
     p.add_argument("--stages", default="vae,unet,classifier")
-    p.add_argument("--batch-size", type=int, default=32, help="of the U-Net")
+    p.add_argument("--batch-size", type=int, default=16, help="of the U-Net")
+    p.add_argument("--go-on", action="store_true", help="start from the weights in --out, deepened if need be")
     return p.parse_args()
 
 
@@ -129,7 +132,16 @@ def classifier_stage(parts: dict, args, size: int) -> None:
     """Train the judge on drawn pictures of all styles and pairs, before and after the autoencoder."""
     pool = draw_pool(max(args.pictures // 2, 256), {s: 1 / len(STYLES) for s in STYLES}, size, seed=3, pairs="all")
     blurred = reconstruct(parts["vae"], pool.pictures[: len(pool) // 2]).numpy()
-    train_classifier(pool, blurred, Budget(args.work / "classifier", seconds(args, "classifier")))
+    train_classifier(pool, blurred, Budget(args.work / "classifier", seconds(args, "classifier")), go_on=args.go_on)
+
+
+def finished_parts(folder: Path, names: tuple[str, ...], layers: int) -> dict:
+    """The named parts of a finished pipeline folder in float32; a U-Net of fewer layers a block is deepened."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    parts = {name: getattr(pipe, name) for name in names}
+    if "unet" in parts and parts["unet"].config.layers_per_block < layers:
+        parts["unet"] = deepen(parts["unet"])
+    return parts
 
 
 def main() -> None:
@@ -140,10 +152,10 @@ def main() -> None:
     parts = architecture.build(geometry, vocabulary_corpus(4000, seed=0))
     longest = max(len(parts["tokenizer"](c).input_ids) for c in vocabulary_corpus(4000, seed=1))
     print(f"vocabulary {len(parts['tokenizer'])}, longest caption {longest} tokens", flush=True)
-    if "vae" not in stages:
-        parts["vae"].load_state_dict(
-            type(parts["vae"]).from_pretrained(args.out, subfolder="vae", torch_dtype=torch.float32).state_dict()
-        )
+    if args.go_on:
+        parts |= finished_parts(args.out, ("tokenizer", "text_encoder", "vae", "unet"), geometry.unet_layers)
+    elif "vae" not in stages:
+        parts |= finished_parts(args.out, ("vae",), geometry.unet_layers)
     for name in ("vae", "unet", "text_encoder"):
         parts[name].to(args.device)
     for stage in stages:

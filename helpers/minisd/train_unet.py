@@ -50,13 +50,25 @@ def draw_batch(pool: LatentPool, batch_size: int, step: int) -> tuple[Tensor, Te
     rows = torch.randint(len(pool.mean), (batch_size,), generator=g)
     latents = pool.mean[rows] + pool.std[rows] * torch.randn(pool.mean[rows].shape, generator=g)
     noise = torch.randn(latents.shape, generator=g)
-    # One timestep in each of B equal strata: the same distribution with less variance
-    uniform = (torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g)) / batch_size
-    timesteps = (uniform * 1000).long().clamp(max=999)
+    timesteps = draw_timesteps(batch_size, g)
     which = torch.randint(pool.tokens.shape[1], (batch_size,), generator=g)
     tokens = pool.tokens[rows, which].long()
     dropped = torch.rand(batch_size, generator=g) < CAPTION_DROPOUT
     return latents, noise, timesteps, torch.where(dropped[:, None], pool.empty, tokens)
+
+
+def draw_timesteps(batch_size: int, g: torch.Generator) -> Tensor:
+    """Timesteps [B] in 0..999: half of them uniform, half logit-normal, in a random order.
+
+    The middle of the schedule decides what is in the picture, so it is visited more often (Esser et al. 2024, arXiv
+    2403.03206, section 3.1); the uniform half keeps both ends trained.
+    """
+    half = batch_size // 2
+    # One draw in each of B / 2 equal strata: the same distribution with less variance
+    u, v = ((torch.arange(n) + torch.rand(n, generator=g)) / n for n in (batch_size - half, half))
+    # t = sigmoid(z), z ~ N(0, 1)
+    t = torch.cat([u, torch.sigmoid(torch.special.ndtri(v))])
+    return (t * 1000).long().clamp(0, 999)[torch.randperm(batch_size, generator=g)]
 
 
 def denoising_loss(unet, text_encoder, batch, schedule: Tensor) -> Tensor:

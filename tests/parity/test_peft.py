@@ -6,8 +6,8 @@ Both sides start from the same base weights and the same seed. The targets cover
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from tiny import tiny_unet
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,20 +17,6 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv_shortcu
 RANKS = [1, 4, 16]
 ALPHA = 6.0  # equal to no rank
 TRAIN_SEED = 77
-
-
-def tiny_unet(seed=0):
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
 
 
 def peft_config(rank, use_rslora=False, dropout=0.0, targets=TARGETS):
