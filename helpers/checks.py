@@ -163,4 +163,4 @@ def _advice(gpu: float) -> str:
         return "`course run` (MiniSD) works here; so does Stable Diffusion: `course run --preset sd21`"
     if gpu >= 15:
         return "`course run` (MiniSD) works here; so does Stable Diffusion: `course run --preset sd21-base`"
-    return "`course run` is the one for this machine: MiniSD needs no GPU; `--preset smoke` is a two-minute trial"
+    return "`course run` is the one for this machine: MiniSD needs no GPU; `--preset smoke` is a short trial"

@@ -92,6 +92,8 @@ def test_finished_parts_are_deepened_only_if_need_be(parts, tmp_path):
     layers = {n: finished_parts(tmp_path / "weights", ("unet",), n)["unet"].config.layers_per_block for n in (1, 2)}
     assert layers == {1: 1, 2: 2}
     again = finished_parts(tmp_path / "weights", ("vae", "tokenizer"), 2)
+    architecture.save({**parts, **again}, tmp_path / "once more")
+    assert not [f for f in (tmp_path / "once more").rglob("*.json") if str(tmp_path) in f.read_text()]
     assert set(again) == {"vae", "tokenizer"}
     assert torch.equal(again["vae"].quant_conv.weight, parts["vae"].quant_conv.weight.half().float())
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from helpers import presets
+from helpers import lora, presets
 from helpers.presets import PRESETS, Datasets, DatasetSpec, TrainConfig, get_preset
 
 
@@ -90,6 +90,16 @@ def test_minisd_is_asked_only_for_words_that_its_captions_have():
     ]:
         assert set(re.findall(r"[a-z0-9]+", prompt)) <= known, prompt
     assert "trump" not in known  # the check can fail
+
+
+def test_minisd_adapts_every_linear_layer_of_its_transformers(tiny):
+    from torch import nn
+
+    names = lora.find_targets(tiny.unet, get_preset("mini").train.targets)
+    linear = {name for name, module in tiny.unet.named_modules() if isinstance(module, nn.Linear)}
+    assert set(names) == {name for name in linear if ".attentions." in name} < linear
+    assert get_preset("smoke").train.targets == presets.LINEAR
+    assert get_preset("sd21").train.targets == presets.ATTENTION
 
 
 def test_hub_models_are_pinned_and_local_ones_are_in_the_repository():

@@ -21,7 +21,7 @@ from helpers.training import replay, resume_from
 
 PRESET = get_preset("mini")
 LOSS_TOLERANCE = 2e-3  # relative, of each of the first 50 losses
-UPDATE_TOLERANCE = 2e-2  # ||adapter - committed|| / ||committed|| after the last 50 steps
+UPDATE_TOLERANCE = 5e-2  # ||adapter - committed|| / ||committed - checkpoint||: of what the last 50 steps changed
 PIXEL_TOLERANCE = 2.0  # mean absolute difference in gray levels of 255
 
 
@@ -62,8 +62,10 @@ def test_last_steps_resume_to_the_committed_adapter(reference, components, tmp_p
     new, old = load_file(again.adapter), load_file(reference.adapter)
     assert new.keys() == old.keys()
     difference = torch.sqrt(sum((new[k] - old[k]).pow(2).sum() for k in old))
-    size = torch.sqrt(sum(old[k].pow(2).sum() for k in old))
-    assert float(difference / size) <= UPDATE_TOLERANCE
+    # The last steps are small, so they are compared with what they changed: doing nothing is 100% wrong
+    start = load_file(reference.checkpoint_dir(reference.checkpoints()[-1]) / "adapter.safetensors")
+    update = torch.sqrt(sum((old[k] - start[k]).pow(2).sum() for k in old))
+    assert update > 0 and float(difference / update) <= UPDATE_TOLERANCE
 
 
 def test_validation_pictures_regenerate(reference, components):

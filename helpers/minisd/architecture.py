@@ -202,6 +202,7 @@ def save(parts: dict, folder: Path) -> None:
 
 
 def _half_copy(module: torch.nn.Module) -> torch.nn.Module:
-    copy = type(module).from_config(module.config)
+    # Without the folder that it was loaded from
+    copy = type(module).from_config({k: v for k, v in module.config.items() if k != "_name_or_path"})
     copy.load_state_dict(module.state_dict())
     return copy.half()
