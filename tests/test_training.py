@@ -235,7 +235,11 @@ def test_only_the_lora_matrices_train_and_the_base_comes_back(tiny, cache):
         frozen = [p for p in tiny.unet.parameters() if not p.requires_grad]
         assert all(p.grad is None for p in frozen)
         moved = lora.lora_state_dict(tiny.unet)
-        assert all(not torch.equal(start[name], moved[name]) for name in start), "every matrix learns"
+        still = {name for name in start if torch.equal(start[name], moved[name])}
+        # The tiny U-Net's middle is one latent pixel: a softmax over one key is 1 whatever query and key are, so that
+        # their gradient is 0 (or, on some processors, a rounding error)
+        alone = {f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{part}.lora_B.weight" for part in "qk"}
+        assert still <= alone, f"every other matrix learns, but not {still - alone}"
     after = tiny.unet.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert dict(tiny.unet.named_modules()) == modules and not tiny.unet.training
