@@ -160,6 +160,7 @@ def recorded(path, **values):
         (0.94, 0.90, {"tolerance": 0.03}, False),
         (0.94, 0.90, {"interval": (0.85, 0.95)}, True),
         (0.96, 0.90, {"interval": (0.85, 0.95)}, False),
+        (1.0, 1.0, {"interval": (0.9, 1 - 2e-16)}, True),
         (0.96, 0.90, {"interval": (0.85, 0.99), "tolerance": 0.01}, False),
         (5, 5, {}, True),
         (6, 5, {}, False),
