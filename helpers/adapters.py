@@ -1,10 +1,12 @@
 """Adapter files: a trained LoRA as other software reads it.
 
-The layout is that of diffusers and PEFT: one safetensors file, pytorch_lora_weights.safetensors, with the tensors
-`unet.<module>.lora_A.weight` [rank, in, ...] and `unet.<module>.lora_B.weight` [out, rank, ...]. Its header carries
-the adapter's configuration under "lora_adapter_metadata" (JSON; keys "unet." + the fields of PEFT's LoraConfig), as
-diffusers writes it, so that alpha survives the trip; and under "provenance" (JSON) whatever the caller wants to say
-about the adapter's origin. A file without a configuration has alpha = rank, as diffusers assumes.
+We write one safetensors file in the layout of diffusers and PEFT (`pytorch_lora_weights.safetensors`) or of kohya's
+trainers, and read those, PEFT's own folders and files of older versions of diffusers; `helpers.layouts` has the names.
+
+Alpha is not in the tensors of a diffusers file: its header says it, under "lora_adapter_metadata" (JSON; the component
+and the fields of PEFT's LoraConfig: "unet.lora_alpha"). In a kohya file each layer has an "alpha" tensor. Where neither
+says it, alpha = rank, as diffusers assumes. Our files have one more entry in the header, "provenance" (JSON): base
+model, dataset, seed, step, versions, or whatever the caller has to say about the adapter's origin.
 """
 
 from __future__ import annotations
@@ -14,147 +16,221 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.lora import (
-    LoRALayer,
-    freeze_all_but_lora,
-    load_lora_state_dict,
-    lora_layers,
-    lora_state_dict,
-    wrap,
+from helpers import layouts, lora
+from helpers.adapter_config import (
+    COMPONENTS,
+    CONFIG_KEY,
+    AdapterError,
+    layer_alpha,
+    lora_config,
+    read_configs,
+    read_json,
 )
+from helpers.lowrank import LoRAWeights, attach, check_fit, weights_of
+from helpers.provenance import atomic_path
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-CONFIG_KEY = "lora_adapter_metadata"
+PEFT_NAME = "adapter_model.safetensors"
 PROVENANCE_KEY = "provenance"
-PREFIX = "unet."
-KEY = re.compile(r"unet\.(?P<name>.+)\.(?P<part>lora_[AB])\.weight")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class AdapterError(ValueError):
-    """An adapter file that cannot be used; the message names the file, the key and what to do."""
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds.
+
+    layers: {"unet.<module>" or "text_encoder.<module>": LoRAWeights}. targets: for each component the
+    targets that the file names. metadata: its provenance. layout: how its tensors are named, see `helpers.layouts`.
+    dropout: of training. keys: the file's own names of its tensors, {(layer, part): key}, for messages.
+    """
+
+    layers: dict[str, LoRAWeights]
+    targets: dict[str, list[str] | str] = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
+    layout: str = "diffusers"
+    dropout: float = 0.0
+    keys: dict[layouts.Place, str] = field(default_factory=dict)
+
+    def of(self, component: str) -> dict[str, LoRAWeights]:
+        """The layers of "unet" or "text_encoder", by the names of the modules they adapt."""
+        prefix = component + "."
+        return {name.removeprefix(prefix): w for name, w in self.layers.items() if name.startswith(prefix)}
 
 
 def adapter_file(path: str | os.PathLike) -> Path:
-    """The file that a path means: itself if it ends in .safetensors, else the adapter file inside that folder."""
+    """The file that a path means: itself if it ends in .safetensors, else the adapter file inside that folder.
+
+    Raises AdapterError for a file of another kind.
+    """
     path = Path(path)
-    return path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+    if path.suffix == ".safetensors":
+        return path
+    if path.is_file():
+        raise AdapterError(
+            f"{path}: not a .safetensors file. Pickled weights (.bin, .pt, .ckpt) can run code when they are loaded, "
+            "so they are not read here; ask the author for a .safetensors file"
+        )
+    return path / (PEFT_NAME if (path / PEFT_NAME).exists() and not (path / WEIGHTS_NAME).exists() else WEIGHTS_NAME)
 
 
 # ---- saving ----
 
 
-def save_adapter(path: str | os.PathLike, unet: nn.Module, metadata: dict | None = None) -> Path:
-    """Write the U-Net's LoRA layers to a file, or into a folder, and return the file's path.
+def save_adapter(
+    path: str | os.PathLike,
+    unet: nn.Module | None = None,
+    metadata: dict | None = None,
+    text_encoder: nn.Module | None = None,
+    layout: str = "diffusers",
+) -> Path:
+    """Write the LoRA layers of a U-Net, a text encoder or both to a file, or into a folder; returns the file's path.
 
-    `metadata` is anything that JSON can hold; `load_adapter` gives it back. The adapter is saved as trained, whatever
-    `scaled` or `merge` are doing to it. The file is complete or not there: it is written under another name first.
-    Raises AdapterError for a U-Net without LoRA layers.
+    `metadata` is a dict that JSON can hold; `load_adapter` gives it back. The adapter is saved as trained, whatever
+    `scaled` or `merge` are doing to it. The file is complete or not there. Raises AdapterError for models without LoRA
+    layers, and for DoRA in kohya's layout.
     """
-    layers = lora_layers(unet)
+    return write_adapter(path, adapter_of(unet, text_encoder, metadata), layout)
+
+
+def adapter_of(
+    unet: nn.Module | None = None, text_encoder: nn.Module | None = None, metadata: dict | None = None
+) -> Adapter:
+    """A copy of the adapter in a U-Net, a text encoder or both. Raises AdapterError where there is none."""
+    layers, targets, dropout = {}, {}, 0.0
+    for component, model in zip(COMPONENTS, (unet, text_encoder), strict=True):
+        found = lora.lora_layers(model) if model is not None else {}
+        if found:
+            targets[component] = short_targets(model, found)
+            layers |= {layouts.layer_of(component, name): w for name, w in weights_of(model).items()}
+            dropout = max(dropout, *(getattr(layer.lora_dropout, "p", 0.0) for layer in found.values()), 0.0)
     if not layers:
-        raise AdapterError("the U-Net has no LoRA layers to save; inject(unet, ...) adds them")
-    tensors = {PREFIX + key: value.cpu().contiguous() for key, value in lora_state_dict(unet).items()}
-    config = {PREFIX + key: value for key, value in lora_config(unet, layers).items()}
-    header = {
-        "format": "pt",
-        CONFIG_KEY: json.dumps(config, indent=2, sort_keys=True),
-        PROVENANCE_KEY: json.dumps(metadata or {}, sort_keys=True),
-    }
-    path = adapter_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+        raise AdapterError("there are no LoRA layers to save; inject(unet, ...) adds them")
+    return Adapter(layers, targets, metadata or {}, dropout=dropout)
+
+
+def write_adapter(path: str | os.PathLike, adapter: Adapter, layout: str = "diffusers") -> Path:
+    """Write an adapter to a file, or into a folder, in the layout "diffusers" or "kohya"; returns the file's path.
+
+    kohya's layout knows alpha / rank alone, so a rank-stabilised adapter gets the alpha that means the same there.
+    """
+    if layout not in layouts.WRITABLE:
+        raise AdapterError(f"adapters are written in the layouts {' and '.join(layouts.WRITABLE)}, not {layout!r}")
+    if not adapter.layers:
+        raise AdapterError("the adapter has no layers to write")
+    header = {"format": "pt", PROVENANCE_KEY: json.dumps(adapter.metadata, sort_keys=True)}
+    layers, tensors = uniform(adapter.layers), {}
+    for layer, weights in layers.items():
+        for part, tensor in weights.tensors().items():
+            tensors[layouts.key_of(layout, layer, part)] = tensor.detach().cpu().clone().contiguous()
+    if layout == "kohya":
+        tensors |= kohya_alphas(layers)
+        first = next(iter(layers.values()))
+        header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(first.rank)}
+        header |= {"ss_network_alpha": f"{kohya_alpha(first):g}"}
+    else:
+        header[CONFIG_KEY] = json.dumps(config_of(replace(adapter, layers=layers)), indent=2, sort_keys=True)
+    path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / WEIGHTS_NAME
+    with atomic_path(path) as unfinished:
         save_file(tensors, unfinished, metadata=header)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
-def lora_config(unet: nn.Module, layers: dict[str, LoRALayer]) -> dict:
-    """The fields of PEFT's LoraConfig that rebuild these layers; ranks and alphas that differ become patterns."""
-    first = next(iter(layers.values()))
-    return {
-        "peft_type": "LORA",
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "rank_pattern": {f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != first.rank},
-        "alpha_pattern": {f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
-        "use_rslora": first.use_rslora,
-        "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
-        "target_modules": short_targets(unet, layers),
-        "init_lora_weights": True,
-        "bias": "none",
-    }
+def config_of(adapter: Adapter) -> dict:
+    """The configuration of both components, as diffusers stores it."""
+    config = {}
+    for component in COMPONENTS:
+        if layers := adapter.of(component):
+            targets = adapter.targets.get(component) or sorted(layers)
+            config |= lora_config(component, layers, targets, adapter.dropout)
+    return config
 
 
-def short_targets(unet: nn.Module, names: Iterable[str]) -> list[str] | str:
+def uniform(layers: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
+    """The same layers as a configuration can describe them: all DoRA or none, all rank-stabilised or none."""
+    if len({weights.magnitude is None for weights in layers.values()}) > 1:
+        raise AdapterError("some layers are DoRA and some are not: write them to two files")
+    if len({weights.use_rslora for weights in layers.values()}) == 1:
+        return layers
+    return {name: replace(w, alpha=kohya_alpha(w), use_rslora=False) for name, w in layers.items()}
+
+
+def kohya_alphas(layers: dict[str, LoRAWeights]) -> dict[str, Tensor]:
+    """Each layer's alpha as the float32 tensor that kohya's layout has for it."""
+    alphas = {}
+    for layer, weights in layers.items():
+        if weights.magnitude is not None:
+            raise AdapterError(f"{layer} is a DoRA layer: kohya's layout is for plain LoRA here; use diffusers'")
+        key = layouts.key_of("kohya", layer, "alpha")
+        alphas[key] = torch.tensor(kohya_alpha(weights), dtype=torch.float32)
+        if not alphas[key].isfinite():
+            raise AdapterError(f"{key!r}: the alpha {weights.alpha:g} does not fit a float32, as kohya's layout has it")
+    return alphas
+
+
+def kohya_alpha(weights: LoRAWeights) -> float:
+    """The alpha that counts as alpha / rank."""
+    # alpha' / r = alpha / sqrt(r)
+    return float(weights.alpha * (math.sqrt(weights.rank) if weights.use_rslora else 1))
+
+
+def short_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
     """The shortest name endings that match the named modules and no others, sorted: ["to_k", "to_out.0", "to_q"].
 
     An ending begins with a word, not with an index. If endings cannot tell a module from the others, the result is a
     regular expression that lists the names.
     """
     names = set(names)
-    others = {name for name, _ in unet.named_modules() if not any(name.startswith(n + ".") for n in names)} - names
+    others = {name for name, _ in model.named_modules() if not any(name.startswith(n + ".") for n in names)} - names
     targets = set()
     for name in names:
         parts = name.split(".")
         endings = [".".join(parts[i:]) for i in reversed(range(len(parts))) if not parts[i].isdigit()]
-        targets.add(next((ending for ending in endings if not matching(others, [ending])), name))
-    if matching(others, list(targets)):
+        targets.add(next((end for end in endings if not any(lora.selects([end], n) for n in others)), name))
+    if any(lora.selects(sorted(targets), name) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))
     return sorted(targets)
 
 
-def matching(names: Iterable[str], targets: list[str] | str) -> list[str]:
-    """The names that a LoraConfig's target_modules selects: a list of name endings, or one regular expression."""
-    if isinstance(targets, str):
-        return [name for name in names if re.fullmatch(targets, name)]
-    endings = tuple("." + target for target in targets)
-    return [name for name in names if name in targets or name.endswith(endings)]
+# ---- reading ----
 
 
-# ---- loading ----
+def read_adapter(path: str | os.PathLike) -> Adapter:
+    """The adapter in a file or folder, in whichever layout, checked as far as that goes without a model.
 
-
-def load_adapter(path: str | os.PathLike, unet: nn.Module) -> dict:
-    """Add the adapter in a file or folder to a U-Net; the base is frozen, A and B are float32 and trainable.
-
-    Returns {"rank", "alpha", "use_rslora", "dropout", "targets", "metadata"}; rank and alpha are the most common ones
-    where layers differ. The file is checked whole before the U-Net is touched. Raises AdapterError, and leaves the
-    U-Net and the random state as they were, for a file that is missing, damaged, or does not fit: missing, unexpected
-    or wrongly shaped keys are named.
+    Raises AdapterError for a file that is missing, damaged or no adapter; keys are named as the file has them.
     """
     path = adapter_file(path)
-    if lora_layers(unet):
-        raise AdapterError(f"{path}: the U-Net already has LoRA layers; remove(unet) takes them out")
     tensors, header = read_file(path)
-    config = read_config(path, header)
-    ranks = check_tensors(path, tensors, unet)
-    check_complete(path, config, ranks, unet)
-    alphas = {name: layer_alpha(path, config, name, rank) for name, rank in ranks.items()}
-
-    with torch.random.fork_rng(devices=[]):  # wrapping draws an initial A that is overwritten
-        for name, rank in ranks.items():
-            wrap(unet, name, rank, alphas[name], config["lora_dropout"], config["use_rslora"])
-    load_lora_state_dict(unet, {key.removeprefix(PREFIX): value for key, value in tensors.items()})
-    freeze_all_but_lora(unet)
-    return {
-        "rank": statistics.mode(ranks.values()),
-        "alpha": statistics.mode(alphas.values()),
-        "use_rslora": config["use_rslora"],
-        "dropout": config["lora_dropout"],
-        "targets": config["target_modules"] or short_targets(unet, ranks),
-        "metadata": read_json(path, header, PROVENANCE_KEY),
-    }
+    layout = layouts.layout_of(list(tensors))
+    found, keys = sort_tensors(path, tensors, layout)
+    adapter = Adapter({}, layout=layout, keys=keys)
+    config = read_configs(path, header, layout)
+    ranks = {layer: check_parts(path, parts, adapter, layer) for layer, parts in found.items()}
+    layers, targets = {}, {}
+    for layer, parts in found.items():
+        component, _, name = layer.partition(".")
+        own = config[component]
+        if own["use_dora"] and "lora_magnitude_vector" not in parts:
+            raise missing(path, adapter, layer, "lora_magnitude_vector", ": the header says that this is DoRA")
+        alpha = stored_alpha(parts["alpha"]) if "alpha" in parts else layer_alpha(own, name, ranks[layer])
+        A, B = parts["lora_A.weight"].float(), parts["lora_B.weight"].float()
+        magnitude = parts["lora_magnitude_vector"].float() if "lora_magnitude_vector" in parts else None
+        layers[layer] = LoRAWeights(A, B, alpha, own["use_rslora"], magnitude)
+        if own["target_modules"] and own["complete"]:
+            targets[component] = without_text_model(own["target_modules"])
+    dropout = max(own["lora_dropout"] for own in config.values())
+    metadata = read_json(path, header, PROVENANCE_KEY)
+    return replace(adapter, layers=layers, targets=targets, metadata=metadata, dropout=dropout)
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,130 +239,179 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"{path}: there is no such adapter file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            header = file.metadata() or {}
     except Exception as error:  # a damaged file can fail in many ways
         raise AdapterError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
-
-
-def read_json(path: Path, header: dict[str, str], key: str) -> dict:
-    """The JSON object in one entry of the header; empty if the entry is absent."""
-    try:
-        value = json.loads(header.get(key, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: the header's {key!r} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: the header's {key!r} is not a JSON object")
-    return value
-
-
-def read_config(path: Path, header: dict[str, str]) -> dict:
-    """The fields of the U-Net's LoraConfig that matter here, checked; None or empty where the file does not say."""
-    stored = read_json(path, header, CONFIG_KEY)
-    stored = {key.removeprefix(PREFIX): value for key, value in stored.items() if key.startswith(PREFIX)}
-    if stored.get("use_dora"):
-        raise AdapterError(f"{path}: this is a DoRA adapter; only plain LoRA is supported")
-    config = {
-        "lora_alpha": stored.get("lora_alpha"),
-        "alpha_pattern": stored.get("alpha_pattern") or {},
-        "use_rslora": stored.get("use_rslora") or False,
-        "lora_dropout": stored.get("lora_dropout") or 0.0,
-        "target_modules": stored.get("target_modules") or [],
-    }
-    valid = {
-        "lora_alpha": config["lora_alpha"] is None or is_number(config["lora_alpha"]),
-        "alpha_pattern": is_pattern(config["alpha_pattern"]),
-        "use_rslora": isinstance(config["use_rslora"], bool),
-        "lora_dropout": is_number(config["lora_dropout"]) and 0 <= config["lora_dropout"] < 1,
-        "target_modules": is_targets(config["target_modules"]),
-    }
-    for key, fine in valid.items():
-        if not fine:
-            raise AdapterError(f"{path}: the header's {PREFIX + key!r} makes no sense: {config[key]!r}")
-    # the options with which PEFT leaves out some of the modules that target_modules selects
-    selective = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    config["complete"] = not any(stored.get(key) for key in selective)
-    return config
-
-
-def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_pattern(value: object) -> bool:
-    """Whether a JSON value maps regular expressions to numbers."""
-    return isinstance(value, dict) and all(is_regex(key) and is_number(value[key]) for key in value)
-
-
-def is_targets(value: object) -> bool:
-    """Whether a JSON value is a regular expression or a list of names."""
-    return is_regex(value) if isinstance(value, str) else is_names(value)
-
-
-def is_names(value: object) -> bool:
-    """Whether a JSON value is a list of strings."""
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def is_regex(text: str) -> bool:
-    """Whether the text compiles as a regular expression."""
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
-
-
-def check_tensors(path: Path, tensors: dict[str, Tensor], unet: nn.Module) -> dict[str, int]:
-    """The rank of each module in the file, once every key, shape and value has been found to fit the U-Net."""
-    modules = dict(unet.named_modules())
-    ranks = {}
-    for key, value in tensors.items():
-        match = KEY.fullmatch(key)
-        module = modules.get(match["name"]) if match else None
-        if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) != 1:
-            raise AdapterError(
-                f"{path}: unexpected key {key!r}; the U-Net has no such layer. Is the adapter for this base model?"
-            )
-        if not value.dtype.is_floating_point or not torch.isfinite(value.float()).all():
-            raise AdapterError(f"{path}: {key!r} holds values that are not finite floating-point numbers")
-        if match["part"] == "lora_A":
-            ranks[match["name"]] = value.shape[0] if value.ndim else 0
     if not tensors:
-        raise AdapterError(f"{path}: the file holds no tensors")
-    for name in {KEY.fullmatch(key)["name"] for key in tensors}:
-        # A is [rank, in, ...] and B is [out, rank, 1 ...] beside a weight [out, in, ...]
-        shape, rank = modules[name].weight.shape, max(ranks.get(name, 1), 1)
-        check_shape(path, tensors, f"{PREFIX}{name}.lora_A.weight", [rank, *shape[1:]])
-        check_shape(path, tensors, f"{PREFIX}{name}.lora_B.weight", [shape[0], rank] + [1] * (len(shape) - 2))
-    return {name: ranks[name] for name in modules if name in ranks}
+        raise AdapterError(f"{path}: the file holds no tensors; save or download it again")
+    return tensors, header
 
 
-def check_shape(path: Path, tensors: dict[str, Tensor], key: str, shape: list[int]) -> None:
-    """Raise AdapterError unless the key is there with that shape."""
-    if key not in tensors:
-        raise AdapterError(f"{path}: missing key {key!r}")
-    if list(tensors[key].shape) != shape:
-        raise AdapterError(
-            f"{path}: {key!r} has shape {list(tensors[key].shape)}, this U-Net needs {shape}. "
-            "Is the adapter for this base model?"
-        )
+def sort_tensors(
+    path: Path, tensors: dict[str, Tensor], layout: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[layouts.Place, str]]:
+    """{layer: {part: tensor}} and the key of each, once every key is one of the layout's and every value finite."""
+    found: dict[str, dict[str, Tensor]] = {}
+    keys: dict[layouts.Place, str] = {}
+    for key, value in tensors.items():
+        place = layouts.READERS[layout](key)
+        if place is None:
+            raise AdapterError(f"{path}: unexpected key {key!r}, which is no {layout} LoRA key. {foreign(key)}")
+        numbers = FLOATS if place[1] != "alpha" else (*FLOATS, torch.int32, torch.int64)
+        if value.dtype not in numbers or not torch.isfinite(value.float()).all():
+            raise AdapterError(
+                f"{path}: {key!r} holds values that are not finite floating-point numbers: the training diverged or "
+                "the file is damaged; take an earlier checkpoint, or download it again"
+            )
+        layer, part = place
+        if part in found.setdefault(layer, {}):
+            twice = f"{key!r} names the same tensor as {keys[place]!r}"
+            raise AdapterError(f"{path}: {twice}; save or download it again")
+        found[layer][part], keys[place] = value, key
+    return found, keys
 
 
-def check_complete(path: Path, config: dict, names: Iterable[str], unet: nn.Module) -> None:
-    """Raise AdapterError if the header's targets select a layer of the U-Net that the file says nothing about."""
-    if not config["complete"]:
+def foreign(key: str) -> str:
+    """A hint at what an unknown key comes from."""
+    if re.match(
+        r"lora_te[12]_|lora_unet_(input|middle|output)_block|text_encoder_2\.|transformer\.|lora_transformer_", key
+    ):
+        return "It belongs to an adapter for Stable Diffusion XL or later; this course reads those for versions 1 and 2"
+    if re.search(r"hada_|lokr_|dora_scale|\.diff", key):
+        return "It belongs to another kind of adapter (LyCORIS) than LoRA"
+    return "Is this an adapter for Stable Diffusion 1 or 2?"
+
+
+def key_in(adapter: Adapter, layer: str, part: str) -> str:
+    """What the file calls a tensor, or would: an old file's names are guessed from that of the other factor."""
+    if (layer, part) in adapter.keys:
+        return adapter.keys[layer, part]
+    sides = dict(zip(layouts.OLD_PARTS.values(), ((".up.", ".down."), (".down.", ".up.")), strict=True))
+    other = next((p for p in sides if p != part and (layer, p) in adapter.keys), None)
+    if adapter.layout == "old" and part in sides and other:
+        return adapter.keys[layer, other].replace(*sides[part])
+    return layouts.key_of(adapter.layout, layer, part)
+
+
+def missing(path: Path, adapter: Adapter, layer: str, part: str, why: str = "") -> AdapterError:
+    """The error for a tensor that is not there."""
+    key = key_in(adapter, layer, part)
+    return AdapterError(f"{path}: missing key {key!r}{why}; the file is incomplete: save or download it again")
+
+
+def check_parts(path: Path, parts: dict[str, Tensor], adapter: Adapter, layer: str) -> int:
+    """The rank of one layer, once A and B are there and fit one another."""
+    for part in ("lora_A.weight", "lora_B.weight"):
+        if part not in parts:
+            raise missing(path, adapter, layer, part)
+    A, B = parts["lora_A.weight"], parts["lora_B.weight"]
+    a, b = (key_in(adapter, layer, part) for part in ("lora_A.weight", "lora_B.weight"))
+    fault = None
+    for key, tensor in ((a, A), (b, B)):
+        if tensor.ndim not in (2, 4) or not tensor.numel():
+            fault = f"{key!r} has shape {list(tensor.shape)}, and needs 2 or 4 dimensions, none 0"
+    if fault is None and B.shape[1] != A.shape[0]:
+        fault = f"{a!r} has rank {A.shape[0]} and {b!r} rank {B.shape[1]}: they do not multiply"
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        fault = f"{key_in(adapter, layer, 'alpha')!r} is not one number"
+    if fault:
+        raise AdapterError(f"{path}: {fault}; save or download it again")
+    return A.shape[0]
+
+
+def without_text_model(targets: list[str] | str) -> list[str] | str:
+    """The targets without the "text_model." of transformers before version 5; ends of names select in both."""
+    return targets if isinstance(targets, str) else [name.removeprefix(layouts.TEXT_PREFIX) for name in targets]
+
+
+def stored_alpha(tensor: Tensor) -> float:
+    """The number that a float32 alpha stands for: 0.1, and not the 0.10000000149 next to it."""
+    return float(str(np.float32(tensor.float().item())))
+
+
+# ---- into a model ----
+
+
+def load_adapter(
+    path: str | os.PathLike,
+    unet: nn.Module | None = None,
+    text_encoder: nn.Module | None = None,
+    expect: Mapping[str, object] | None = None,
+) -> dict:
+    """Put the adapter in a file or folder into a U-Net, a text encoder or both; A and B are float32 and trainable.
+
+    expect: entries that the file's metadata must not contradict, such as {"prediction_type": "v_prediction"}.
+    Returns {"rank", "alpha", "use_rslora", "dropout", "targets", "metadata", "layout"}; rank and alpha are the most
+    common ones where layers differ. Everything is checked before a model is touched. Raises AdapterError, and leaves
+    the models and the random state as they were, for a file that is missing, damaged, or does not fit: missing,
+    unexpected or wrongly shaped keys are named.
+    """
+    path = adapter_file(path)
+    adapter = read_adapter(path)
+    for key, wanted in (expect or {}).items():
+        if adapter.metadata.get(key, wanted) != wanted:
+            raise AdapterError(
+                f"{path}: the adapter was trained with {key} {adapter.metadata[key]!r}, this model has {wanted!r}. "
+                "Load the base model that it was made for"
+            )
+    put_into(adapter, unet, text_encoder, str(path))
+    component = "unet" if adapter.of("unet") else "text_encoder"
+    model = unet if component == "unet" else text_encoder
+    return {
+        "rank": statistics.mode(w.rank for w in adapter.layers.values()),
+        "alpha": statistics.mode(w.alpha for w in adapter.layers.values()),
+        "use_rslora": any(w.use_rslora for w in adapter.layers.values()),
+        "dropout": adapter.dropout,
+        "targets": adapter.targets.get(component) or short_targets(model, lora.lora_layers(model)),
+        "metadata": adapter.metadata,
+        "layout": adapter.layout,
+    }
+
+
+def put_into(
+    adapter: Adapter, unet: nn.Module | None = None, text_encoder: nn.Module | None = None, what: str = "the adapter"
+) -> None:
+    """Freeze the models and add the adapter's layers to them.
+
+    Raises AdapterError (`what` begins its message), and changes nothing, for layers that a model does not have or has
+    in another shape, for layers that the adapter's targets name and it does not have, and for an adapted model.
+    """
+    parts = {}
+    for component, model in zip(COMPONENTS, (unet, text_encoder), strict=True):
+        layers = adapter.of(component)
+        if layers and model is None:
+            raise AdapterError(f"{what} has layers of the {component}: give load_adapter its {component} too")
+        if model is not None and lora.lora_layers(model):
+            raise AdapterError(f"{what}: the {component} already has LoRA layers; remove({component}) takes them out")
+        if model is not None:
+            parts[component] = (model, with_prefix(component, model, layers))
+            check_model(adapter, component, *parts[component], what)
+    for model, layers in parts.values():
+        if layers:
+            attach(model, layers, adapter.dropout)
+
+
+def with_prefix(component: str, model: nn.Module, layers: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
+    """The layers under the names that they have in this model: before transformers 5, inside its `text_model`."""
+    nested = component == "text_encoder" and any(n.startswith(layouts.TEXT_PREFIX) for n, _ in model.named_modules())
+    return {layouts.TEXT_PREFIX + name: w for name, w in layers.items()} if nested else layers
+
+
+def check_model(adapter: Adapter, component: str, model: nn.Module, layers: dict[str, LoRAWeights], what: str) -> None:
+    """Raise AdapterError unless every layer fits the model, and every module that the targets select has a layer."""
+    modules = dict(model.named_modules())
+    for name, weights in layers.items():
+        layer = layouts.layer_of(component, name)
+        keys = {part: key_in(adapter, layer, part) for part in weights.tensors()}
+        try:
+            check_fit(weights, modules.get(name), keys)
+        except ValueError as error:
+            raise AdapterError(f"{what}: {error}. Is the adapter for this base model?") from error
+    targets = adapter.targets.get(component, [])
+    if not layers or not targets:
         return
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for name in matching(layers, config["target_modules"]):
-        if name not in names:
-            key = f"{PREFIX}{name}.lora_A.weight"
-            raise AdapterError(f"{path}: missing key {key!r}: the header's targets select that layer")
-
-
-def layer_alpha(path: Path, config: dict, name: str, rank: int) -> float:
-    """One layer's alpha: from the first pattern that matches its name, else the common one, else its rank."""
-    for pattern, alpha in config["alpha_pattern"].items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return alpha
-    return rank if config["lora_alpha"] is None else config["lora_alpha"]
+    for name, module in modules.items():
+        if isinstance(module, tuple(lora.KINDS)) and lora.selects(targets, name) and name not in layers:
+            layer = layouts.layer_of(component, name)
+            raise missing(Path(what), adapter, layer, "lora_A.weight", ": the header's targets select that layer")

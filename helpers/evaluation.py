@@ -230,17 +230,20 @@ def evaluate(
 
 @contextmanager
 def adapted(components: Components, path: str | os.PathLike | None) -> Iterator[torch.nn.Module]:
-    """Within the block the U-Net carries the adapter in a file or folder; None means the base model.
+    """Within the block the model carries the adapter in a file or folder; None means the base model.
 
-    Gives the U-Net, and takes the adapter out at the end, whatever happens. Raises AdapterError as `load_adapter`.
+    Gives the U-Net, and takes the adapter out at the end, whatever happens. Raises AdapterError as `load_adapter`, also
+    for an adapter that was trained for another prediction type.
     """
     if path is not None:
-        load_adapter(path, components.unet)
+        expect = {"prediction_type": components.prediction_type}
+        load_adapter(path, components.unet, components.text_encoder, expect)
     try:
         yield components.unet
     finally:
         if path is not None:
             lora.remove(components.unet)
+            lora.remove(components.text_encoder)
 
 
 @contextmanager

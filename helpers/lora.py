@@ -13,30 +13,50 @@ same order as the PEFT library, so that both start from the same bits under the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-class LoRALayer(nn.Module):
-    """What LoRALinear and LoRAConv2d share. Raises ValueError for a rank below 1 or a dropout outside [0, 1)."""
+def check_settings(rank: int, alpha: float, dropout: float, init: str) -> None:
+    """Raise ValueError for a rank that is no number above 0, an alpha that is none, or an unknown dropout or init."""
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ValueError(f"rank must be at least 1 and whole, alpha a number, not {rank!r} and {alpha!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+    if init not in ("kaiming", "gaussian"):
+        raise ValueError(f"init is 'kaiming' or 'gaussian', not {init!r}")
 
-    def __init__(
-        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
-    ) -> None:
+
+def scaling_of(rank: int, alpha: float, use_rslora: bool = False) -> float:
+    """The factor in front of B A."""
+    # alpha / r (Hu et al.); alpha / sqrt(r) keeps gradients alive at high rank (Kalajdzievski)
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+class LoRALayer(nn.Module):
+    """What LoRALinear and LoRAConv2d share.
+
+    init: how A starts, "kaiming" (as nn.Linear does) or "gaussian" (standard deviation 1 / rank); B starts at zero.
+    Raises ValueError for a rank below 1, a dropout outside [0, 1) or an unknown init.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout=0.0, use_rslora=False, init="kaiming"):
         super().__init__()
-        if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"rank must be at least 1 and dropout in [0, 1), not {rank} and {dropout}")
+        check_settings(rank, alpha, dropout, init)
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
-        # scaling = alpha / r (Hu et al.); alpha / sqrt(r) keeps gradients alive at high rank (Kalajdzievski)
-        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.scaling = scaling_of(rank, alpha, use_rslora)
         self.base = base.requires_grad_(False)
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A, self.lora_B = self.build(base, rank)
-        # A as nn.Linear starts it; B = 0, so that B(A(x)) = 0 before the first step
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        # A is random; B = 0, so that B(A(x)) = 0 before the first step
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.register_buffer("original_weight", None, persistent=False)  # kept here while merged
         self.to(base.weight.device).train(base.training)
@@ -49,6 +69,14 @@ class LoRALayer(nn.Module):
         # y = W x + B A dropout(x) * scaling, the second term and the sum in float32
         update = self.lora_B(self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))))
         return (result + update * self.scaling).to(result.dtype)
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """What trains, by its name in an adapter file."""
+        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+
+    def merged_weight(self) -> Tensor:
+        """The one weight that does what base and adapter do together, float32."""
+        return self.base.weight.float() + delta_weight(self)
 
     @property
     def weight(self) -> Tensor:
@@ -91,27 +119,54 @@ class LoRAConv2d(LoRALayer):
         return lora_A, lora_B
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the modules that a target names: equal to it, or ending in "." + it; in the model's order.
+KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}  # which layer wraps which module
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a whole name. Raises ValueError for one that does not compile."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def selects(targets: str | Sequence[str], name: str) -> bool:
+    """Whether targets select the module of this name.
+
+    A list holds names or ends of names: "to_q" is every module called to_q. A string is one regular expression,
+    which has to match a whole name. Both as PEFT's `target_modules`.
+    """
+    if isinstance(targets, str):
+        return matches(targets, name)
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the modules that targets select (see `selects`), in the model's order.
 
     Raises ValueError for a target that matches nothing, or matches a module that LoRA is not made for here:
     neither Linear nor Conv2d, or a convolution in groups.
     """
-    if isinstance(targets, str) or not targets:
-        raise ValueError(f"targets is a list of at least one name, not {targets!r}")
-    found, matched = [], set()
-    for name, module in model.named_modules():
-        hits = [target for target in targets if name == target or name.endswith("." + target)]
-        if not hits:
-            continue
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
-            raise ValueError(f"target {hits[0]!r} is {name!r}, not a Linear or an ungrouped Conv2d but {module}")
-        found.append(name)
-        matched.update(hits)
-    for target in targets:
-        if target not in matched:
-            raise ValueError(f"target {target!r} matches no module of the {type(model).__name__}")
-    return found
+    asked = {targets: targets} if isinstance(targets, str) else {target: [target] for target in targets}
+    found = [(name, module) for name, module in model.named_modules() if selects(targets, name)]
+    if not asked:
+        raise ValueError("targets is a list of at least one name, or a regular expression")
+    for target, one in asked.items():
+        if not any(selects(one, name) for name, _ in found):
+            hint = f" (one string is a pattern for whole names; [{target!r}] is for ends)" if one is target else ""
+            raise ValueError(f"target {target!r} matches no module of the {type(model).__name__}{hint}")
+    for name, module in found:
+        if not isinstance(module, tuple(KINDS)) or getattr(module, "groups", 1) != 1:
+            raise ValueError(f"the targets select {name!r}, not a Linear or an ungrouped Conv2d but {module}")
+    return [name for name, _ in found]
+
+
+def by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+    """The value of the first pattern that is the name or an end of it (a regular expression), else the default."""
+    for pattern, value in (patterns or {}).items():
+        if matches(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -120,36 +175,47 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def wrap(
-    model: nn.Module, name: str, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
-) -> LoRALayer:
-    """Replace the named Linear or Conv2d by its LoRA layer, and return that layer."""
+def wrap(model: nn.Module, name: str, rank: int, alpha: float, *, kinds: Mapping = KINDS, **settings) -> LoRALayer:
+    """Replace the named Linear or Conv2d by its LoRA layer, and return that layer. settings: as for `LoRALayer`."""
     base = model.get_submodule(name)
-    layer_class = LoRAConv2d if isinstance(base, nn.Conv2d) else LoRALinear
-    layer = layer_class(base, rank, alpha, dropout, use_rslora)
+    kind = next(layer for module, layer in kinds.items() if isinstance(base, module))
+    layer = kind(base, rank, alpha, **settings)
     replace_module(model, name, layer)
     return layer
 
 
 def inject(
     model: nn.Module,
-    targets: Sequence[str],
+    targets: str | Sequence[str],
     rank: int,
     alpha: float,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    init: str = "kaiming",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    kinds: Mapping = KINDS,
 ) -> list[str]:
     """Freeze the model, wrap every module that a target names, and return the names of the wrapped modules.
 
-    Targets are names or the ends of names, as in PEFT: "to_q" means every module called to_q. Draws A from the
-    global generator, layer after layer. Raises ValueError, and changes nothing, if the model already has LoRA
-    layers, if a target matches nothing (it is named), or if a module's kind, the rank or the dropout does not fit.
+    Targets are names, ends of names or one regular expression (see `selects`). rank_pattern and alpha_pattern give
+    some of the modules another rank or alpha: {"attn2.to_q": 4}. All as in PEFT. kinds: `dora.KINDS` for DoRA.
+    Draws A from the global generator, layer after layer. Raises ValueError, and changes nothing, if the model already
+    has LoRA layers, if a target matches nothing (it is named), or if a module's kind or a setting does not fit.
     """
     if lora_layers(model):
         raise ValueError("the model already has LoRA layers; remove(model) takes them out")
     names = find_targets(model, targets)
+    for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
+        if not any(by_pattern({pattern: 1}, name, 0) for name in names):
+            raise ValueError(f"the pattern {pattern!r} matches none of the targets")
+    ranks = {name: by_pattern(rank_pattern, name, rank) for name in names}
+    alphas = {name: by_pattern(alpha_pattern, name, alpha) for name in names}
+    settings = {"dropout": dropout, "use_rslora": use_rslora, "init": init}
     for name in names:
-        wrap(model, name, rank, alpha, dropout, use_rslora)
+        check_settings(ranks[name], alphas[name], dropout, init)
+    for name in names:
+        wrap(model, name, ranks[name], alphas[name], kinds=kinds, **settings)
     freeze_all_but_lora(model)
     return names
 
@@ -167,16 +233,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer should train: A and B of each layer, in the model's order."""
-    return [p for layer in lora_layers(model).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    """What an optimizer should train: A and B of each layer (and DoRA's magnitude), in the model's order."""
+    return [p for layer in lora_layers(model).values() for p in layer.parameters_by_name().values()]
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors, "<module>.lora_A.weight" and "<module>.lora_B.weight"; they share the model's memory."""
     return {
-        f"{name}.{part}.weight": getattr(layer, part).weight.detach()
+        f"{name}.{part}": parameter.detach()
         for name, layer in lora_layers(model).items()
-        for part in ("lora_A", "lora_B")
+        for part, parameter in layer.parameters_by_name().items()
     }
 
 
@@ -235,8 +301,8 @@ def merge(model: nn.Module) -> None:
         if layer.original_weight is None:
             weight = layer.base.weight
             # W' = W + Delta W, computed in float32
-            merged_weight = (weight.float() + delta_weight(layer)).to(weight.dtype)
-            layer.original_weight, weight.data = weight.data, merged_weight
+            merged = layer.merged_weight().to(weight.dtype)
+            layer.original_weight, weight.data = weight.data, merged
 
 
 def unmerge(model: nn.Module) -> None:

@@ -9,17 +9,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import tiny_unet
-from transformers import CLIPTextConfig, CLIPTextModel
+from tiny import tiny_text_encoder, tiny_unet
 
-from helpers import lora
+from helpers import layouts, lora
 from helpers.adapters import (
     CONFIG_KEY,
     WEIGHTS_NAME,
     AdapterError,
     adapter_file,
     load_adapter,
-    matching,
+    put_into,
+    read_adapter,
     save_adapter,
     short_targets,
 )
@@ -30,20 +30,12 @@ CONVOLUTIONS = ["conv1", "conv_shortcut", "conv"]
 
 def tiny_pipeline():
     torch.manual_seed(1)
-    text_config = CLIPTextConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(),
-        text_encoder=CLIPTextModel(text_config).eval(),
+        text_encoder=tiny_text_encoder(),
         tokenizer=None,
         unet=tiny_unet(),
         scheduler=scheduler,
@@ -107,6 +99,7 @@ def test_round_trip(tmp_path, options):
     assert list(own) == list(loaded) and all(torch.equal(own[key], loaded[key]) for key in own)
     expected = {"rank": 4, "alpha": 6.0, "use_rslora": False, "dropout": 0.0} | options
     expected |= {"targets": sorted(ATTENTION + CONVOLUTIONS), "metadata": {"seed": 3, "dataset": "doodles"}}
+    expected |= {"layout": "diffusers"}
     assert found == expected
     trainable = {id(p) for p in other.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in lora.lora_parameters(other)}
@@ -177,7 +170,7 @@ def test_short_targets_select_the_names_and_no_others(names, targets):
     model = torch.nn.ModuleDict({"a": block(), "b": block(), "top": torch.nn.Linear(1, 1)})
     model["b"]["top"] = torch.nn.Linear(1, 1)
     assert short_targets(model, names) == targets
-    assert sorted(matching([name for name, _ in model.named_modules()], targets)) == sorted(names)
+    assert sorted(name for name, _ in model.named_modules() if lora.selects(targets, name)) == sorted(names)
 
 
 # ---- with diffusers ----
@@ -259,6 +252,126 @@ def test_a_half_file_is_loaded_as_float32(tmp_path):
     assert {p.dtype for p in lora.lora_parameters(unet)} == {torch.float32}
 
 
+# ---- other layouts, and the text encoder ----
+
+
+def adapted_text_encoder():
+    encoder = tiny_text_encoder()
+    lora.inject(encoder, ["q_proj", "out_proj", "fc1"], rank=2, alpha=3.0)
+    fill_B(encoder)
+    return encoder
+
+
+def states(encoder):
+    with torch.no_grad():
+        return encoder(torch.tensor([[1, 5, 9, 2]])).last_hidden_state
+
+
+def write_as(layout, folder, unet=None, text_encoder=None, config=None):
+    """Write the adapter as other software does: in PEFT's folder, or as diffusers did before it used PEFT."""
+    if layout in layouts.WRITABLE:
+        return save_adapter(folder, unet, text_encoder=text_encoder, layout=layout)
+    tensors = {
+        layouts.key_of(layout, layouts.layer_of(component, name), part): p.detach()
+        for component, model in (("unet", unet), ("text_encoder", text_encoder))
+        for name, layer in (lora.lora_layers(model).items() if model else ())
+        for part, p in layer.parameters_by_name().items()
+    }
+    folder.mkdir()
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / ("adapter_model.safetensors" if layout == "peft" else WEIGHTS_NAME))
+    return folder
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_layout_loads_to_the_same_outputs(tmp_path, layout):
+    unet, encoder = adapted(alpha=4.0), adapted_text_encoder()
+    if layout in ("peft", "old"):  # their files do not say alpha; the rank stands for it
+        for layer in lora.lora_layers(encoder).values():
+            layer.alpha, layer.scaling = 2, 1.0
+    path = write_as(layout, tmp_path / "new", unet, encoder)
+    other, other_encoder = tiny_unet(), tiny_text_encoder()
+    found = load_adapter(path, other, other_encoder)
+    assert torch.equal(output(other), output(unet)) and torch.equal(states(other_encoder), states(encoder))
+    assert not torch.allclose(states(encoder), states(tiny_text_encoder()), atol=1e-3)
+    assert (found["layout"], found["rank"], found["alpha"]) == (layout, 4, 4.0)
+    assert found["targets"] == sorted(ATTENTION + CONVOLUTIONS)
+    for model in (other, other_encoder):
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lora.lora_parameters(model)}
+
+
+@pytest.mark.parametrize("layout", layouts.WRITABLE)
+def test_a_text_encoder_alone(tmp_path, layout):
+    encoder, other, unet = adapted_text_encoder(), tiny_text_encoder(), tiny_unet()
+    save_adapter(tmp_path, text_encoder=encoder, layout=layout)
+    found = load_adapter(tmp_path, unet, other)
+    assert torch.equal(states(other), states(encoder)) and not lora.lora_layers(unet)
+    assert (found["rank"], found["alpha"], found["targets"]) == (2, 3.0, ["fc1", "out_proj", "q_proj"])
+    assert torch.equal(output(unet), output(tiny_unet()))
+
+
+def test_a_folder_of_peft_says_alpha_in_its_own_file(tmp_path):
+    unet = adapted(alpha=9.0, use_rslora=True)
+    config = {"r": 4, "lora_alpha": 9.0, "use_rslora": True, "lora_dropout": 0.1, "target_modules": ATTENTION}
+    found = load_adapter(write_as("peft", tmp_path / "new", unet, config=config), tiny_unet())
+    assert (found["alpha"], found["use_rslora"], found["dropout"]) == (9.0, True, 0.1)
+    assert found["targets"] == ATTENTION and found["layout"] == "peft"
+    other = tiny_unet()
+    load_adapter(tmp_path / "new", other)
+    assert torch.equal(output(other.eval()), output(unet))
+
+
+def test_a_model_for_each_component_of_the_file(tmp_path):
+    save_adapter(tmp_path, adapted(), text_encoder=adapted_text_encoder())
+    unet, encoder = tiny_unet(), tiny_text_encoder()
+    before = output(unet), states(encoder)
+    for given, absent in ({"unet": unet}, "text_encoder"), ({"text_encoder": encoder}, "unet"), ({}, "unet"):
+        with pytest.raises(AdapterError, match=f"has layers of the {absent}: give load_adapter its {absent} too"):
+            load_adapter(tmp_path, **given)
+    assert not lora.lora_layers(unet) and not lora.lora_layers(encoder)
+    assert all(p.requires_grad for model in (unet, encoder) for p in model.parameters())
+    assert torch.equal(output(unet), before[0]) and torch.equal(states(encoder), before[1])
+
+
+def test_a_text_encoder_that_does_not_fit_leaves_the_unet_alone(tmp_path):
+    save_adapter(tmp_path, adapted(), text_encoder=adapted_text_encoder())
+    unet, encoder = tiny_unet(), tiny_text_encoder(layers=1)
+    modules, before = {name: id(module) for name, module in unet.named_modules()}, output(unet)
+    with pytest.raises(AdapterError, match="unexpected key 'text_encoder.text_model.encoder.layers.1.*lora_A"):
+        load_adapter(tmp_path, unet, encoder)
+    assert untouched(unet, modules, before) and not lora.lora_layers(encoder)
+
+
+def test_reading_needs_no_model_and_putting_in_no_file(tmp_path):
+    unet = adapted()
+    adapter = read_adapter(save_adapter(tmp_path, unet, {"seed": 3}))
+    names = list(lora.lora_layers(unet))
+    assert sorted(adapter.layers) == sorted(f"unet.{name}" for name in names)
+    assert sorted(adapter.of("unet")) == sorted(names) and adapter.of("text_encoder") == {}
+    assert (adapter.targets, adapter.metadata) == ({"unet": sorted(ATTENTION + CONVOLUTIONS)}, {"seed": 3})
+    other = tiny_unet()
+    put_into(adapter, other)
+    assert torch.equal(output(other), output(unet))
+    with pytest.raises(AdapterError, match="^mine: the unet already has LoRA layers"):
+        put_into(adapter, other, what="mine")
+
+
+# ---- what the caller expects ----
+
+
+def test_an_adapter_for_another_prediction_is_refused(tmp_path):
+    path = save_adapter(tmp_path, adapted(), {"prediction_type": "epsilon", "seed": 3})
+    unet = tiny_unet()
+    modules, before = {name: id(module) for name, module in unet.named_modules()}, output(unet)
+    message = "trained with prediction_type 'epsilon', this model has 'v_prediction'. Load the base model"
+    with pytest.raises(AdapterError, match=message) as caught:
+        load_adapter(path, unet, expect={"seed": 3, "prediction_type": "v_prediction"})
+    assert str(path) in str(caught.value) and untouched(unet, modules, before)
+    load_adapter(path, unet, expect={"seed": 3, "prediction_type": "epsilon", "resolution": 512})
+    assert lora.lora_layers(unet), "what the file does not say cannot contradict"
+
+
 # ---- files that cannot be used ----
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -273,6 +386,12 @@ def put(key, value):
     return lambda tensors, config: tensors.update({key: value})
 
 
+def put_layer(layer):
+    return lambda tensors, config: tensors.update(
+        {f"{layer}.lora_A.weight": torch.ones(4, 8), f"{layer}.lora_B.weight": torch.ones(8, 4)}
+    )
+
+
 def setting(key, value):
     return lambda tensors, config: config.update({key: value})
 
@@ -281,18 +400,33 @@ FAULTS = {
     "no A": (drop(A), f"missing key '{A}'"),
     "no B": (drop(B), f"missing key '{B}'"),
     "a layer of the targets is absent": (drop(A, B), f"missing key '{A}'"),
-    "a layer that is not there": (put("unet.nowhere.lora_A.weight", torch.ones(4, 8)), "unexpected key 'unet.nowhere."),
-    "a module that is no layer": (put("unet.mid_block.lora_A.weight", torch.ones(4, 8)), "unexpected key 'unet.mid_"),
-    "text encoder": (put("text_encoder.q.lora_A.weight", torch.ones(1)), "unexpected key 'text_encoder.q.lora_A"),
-    "DoRA magnitude": (put(f"{NAME}.lora_magnitude_vector", torch.ones(8)), "unexpected key .*lora_magnitude_vector"),
-    "A too wide": (put(A, torch.ones(4, 9)), f"'{A}' has shape .4, 9., this U-Net needs"),
-    "B of another rank": (put(B, torch.ones(16, 5)), f"'{B}' has shape .16, 5., this U-Net needs .16, 4."),
+    "half a layer that is not there": (
+        put("unet.nowhere.lora_A.weight", torch.ones(4, 8)),
+        "missing key 'unet.nowhere.lora_B.weight'",
+    ),
+    "a layer that is not there": (put_layer("unet.nowhere"), "unexpected key 'unet.nowhere.lora_A.weight'"),
+    "a module that is no layer": (put_layer("unet.mid_block"), "unexpected key 'unet.mid_block.lora_A.weight'"),
+    "half a text encoder": (
+        put("text_encoder.q.lora_A.weight", torch.ones(1, 4)),
+        "missing key 'text_encoder.*q.lora_B",
+    ),
+    "text encoder": (put_layer("text_encoder.q"), "layers of the text_encoder: give load_adapter its text_encoder too"),
+    "DoRA magnitude": (
+        put(f"{NAME}.lora_magnitude_vector", torch.ones(8)),
+        f"'{NAME}.lora_magnitude_vector' has shape .8., this model needs .16.",
+    ),
+    "A too wide": (put(A, torch.ones(4, 9)), f"'{A}' has shape .4, 9., this model needs .4, 16."),
+    "B of another rank": (put(B, torch.ones(16, 5)), f"'{A}' has rank 4 and '{B}' rank 5"),
     "A without rows": (put(A, torch.ones(0, 16)), f"'{A}' has shape .0, 16."),
-    "A without dimensions": (put(A, torch.tensor(1.0)), f"'{A}' has shape .., this U-Net needs"),
+    "A without dimensions": (put(A, torch.tensor(1.0)), f"'{A}' has shape .., and needs 2 or 4 dimensions"),
     "NaN": (put(B, torch.full((16, 4), torch.nan)), f"'{B}' holds values that are not finite"),
     "integers": (put(B, torch.ones(16, 4, dtype=torch.int64)), f"'{B}' holds values that are not finite floating"),
     "no tensors": (lambda tensors, config: tensors.clear(), "holds no tensors"),
-    "DoRA": (setting("unet.use_dora", True), "DoRA"),
+    "DoRA without magnitudes": (
+        setting("unet.use_dora", True),
+        "missing key 'unet.*lora_magnitude_vector': the header says that this is DoRA",
+    ),
+    "DoRA is text": (setting("unet.use_dora", "yes"), "'unet.use_dora' makes no sense: 'yes'"),
     "alpha is text": (setting("unet.lora_alpha", "8"), "'unet.lora_alpha' makes no sense: '8'"),
     "alpha is infinite": (setting("unet.lora_alpha", float("inf")), "'unet.lora_alpha' makes no sense"),
     "alpha pattern is no pattern": (setting("unet.alpha_pattern", {"(": 1}), "'unet.alpha_pattern' makes no sense"),
