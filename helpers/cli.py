@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .adapter_commands import add_commands, find_adapter
 from .presets import PRESETS, ROOT, Datasets, DatasetSpec, Preset, TrainConfig, get_preset, runs_folder
 
 DEFAULT = "mini"
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", sample_pictures, "draw pictures from prompts")
     sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
     sample.add_argument("--adapter", metavar="FILE", help="an adapter's file or folder, or a dataset whose run to use")
+    sample.add_argument("--other-base", action="store_true", help="the adapter was made for another base model: try it")
     sample.add_argument("--scale", type=float, default=1.0, help="how much the adapter counts (default: 1)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--count", type=int, default=1, help="pictures a prompt, with consecutive seeds")
@@ -91,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the preset's)")
     sample.add_argument("--output", type=Path, metavar="FILE.png", help="default: runs/<preset>/samples/…")
     sample.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+
+    text = "look into adapter files, convert them, merge them into a model, cut them out of one"
+    add_commands(commands.add_parser("adapter", help=text, description=text), DEFAULT)
 
     figure = add("figure", redraw_figure, "redraw one figure and compare it with the committed one", preset=False)
     figure.add_argument("number", type=int, help="such as 6")
@@ -348,22 +353,6 @@ def with_folder(preset: Preset, name: str | None, folder: Path, held_out: int) -
     return replace(preset, datasets=Datasets((*preset.datasets, spec)), validation_prompts=prompts), name
 
 
-def find_adapter(preset: Preset, adapter: str) -> Path:
-    """A file or folder as it is; the name of a dataset stands for its finished run's adapter."""
-    from .notebooks import CourseError
-
-    if Path(adapter).exists() or adapter not in preset.datasets.names:
-        return Path(adapter)
-    from .runs import find_run, run_key
-
-    run = find_run(preset, adapter, run_key(preset, adapter))
-    if run is None:
-        raise CourseError(
-            f"there is no finished run on {adapter!r}: `course train --preset {preset.name} --dataset {adapter}`"
-        )
-    return run.adapter
-
-
 def sample_pictures(given: argparse.Namespace) -> int:
     """`course sample`: one picture for each prompt and seed, in one PNG with a row a prompt."""
     from .notebooks import CourseError, short
@@ -393,11 +382,13 @@ def draw(preset: Preset, given: argparse.Namespace, adapter: Path | None) -> lis
     from . import lora
     from .adapters import load_adapter
     from .components import load_components
+    from .runs import weights_fingerprint
     from .sampling import generate
 
     components = load_components(preset, given.device)
     if adapter is not None:
-        load_adapter(adapter, components.unet)
+        made_for = {"prediction_type": preset.prediction_type, "base_model_hash": weights_fingerprint(preset)}
+        load_adapter(adapter, components.unet, components.text_encoder, expect={} if given.other_base else made_for)
     prompts = [prompt for prompt in given.prompt for _ in range(given.count)]
     seeds = [given.seed + number for _ in given.prompt for number in range(given.count)]
     settings = {

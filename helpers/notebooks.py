@@ -34,7 +34,8 @@ FOLDER = ROOT / "notebooks"
 DURATIONS = FOLDER / "durations.json"
 TIMEOUT = 1800  # seconds for one cell
 # The course needs no network and no account: libraries must not try, and must not mention it in a notebook's output.
-OFFLINE = {
+HEADLESS = {"COURSE_HEADLESS": "1"}  # nobody is there to move a slider, see helpers.widgets
+OFFLINE = HEADLESS | {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -47,7 +48,7 @@ OFFLINE = {
 MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 40
 # Helpers that no notebook's result depends on.
-_NOT_EXECUTED = {"checks.py", "cli.py", "notebooks.py", "report.py"}
+_NOT_EXECUTED = {"adapter_commands.py", "checks.py", "cli.py", "notebooks.py", "report.py"}
 
 
 class CourseError(Exception):
@@ -246,7 +247,7 @@ def run_all(
     parameters, the library versions and the same of every notebook before it. Raises CourseError when one fails;
     the notebooks before it stay done.
     """
-    environment = OFFLINE if get_preset(preset).revision is None else {}
+    environment = OFFLINE if get_preset(preset).revision is None else HEADLESS
     given = given or {}
     check_parameters(given, paths)
     folder = output_folder(preset) / "notebooks"

@@ -21,7 +21,10 @@ from . import provenance
 from .presets import ROOT, Preset, get_preset, runs_folder
 
 # What a measured number depends on: all of `helpers` except what only shows, starts or reports.
-_NOT_MEASURING = {"checks.py", "cli.py", "figures.py", "notebooks.py", "report.py", "results.py", "widgets.py"}
+_NOT_MEASURING = {
+    *("adapter_commands.py", "cards.py", "checks.py", "cli.py", "figures.py", "notebooks.py", "report.py"),
+    *("results.py", "widgets.py"),
+}
 
 
 def output_folder(preset: str | Preset) -> Path:

@@ -248,6 +248,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
     os.replace(writing, folder)
 
 
+def adapter_metadata(run: Run, step: int) -> dict:
+    """What a run's adapter says about its origin after `step` updates, for the header of its file."""
+    config = run.config
+    train, hashes = config["train"], config["hashes"]
+    return {
+        "base_model": config["model"],
+        "base_model_hash": hashes["weights"],
+        "prediction_type": config["prediction_type"],
+        "resolution": config["resolution"],
+        "dataset": run.dataset,
+        "dataset_hash": hashes["data"],
+        "rank": train["rank"],
+        "alpha": train["alpha"],
+        "targets": train["targets"],
+        "seed": train["seed"],
+        "step": step,
+        "run": run.key,
+        "code_hash": hashes["code"],
+        "versions": provenance.versions(),
+    }
+
+
 def lora_names(unet: torch.nn.Module) -> list[str]:
     """Names of the LoRA parameters, in the order of `lora.lora_parameters`."""
     return list(lora.lora_state_dict(unet))
@@ -260,7 +282,7 @@ def save_checkpoint(run: Run, step: int, unet: torch.nn.Module, optimizer, secon
         for kind, value in optimizer.state.get(parameter, {}).items():  # step, exp_avg, exp_avg_sq
             moments[f"{name}.{kind}"] = torch.as_tensor(value).detach().cpu().contiguous()
     with new_folder(run.checkpoint_dir(step)) as folder:
-        adapters.save_adapter(folder / "adapter.safetensors", unet, {"step": str(step)})
+        adapters.save_adapter(folder / "adapter.safetensors", unet, adapter_metadata(run, step))
         save_file(moments, folder / "optimizer.safetensors")
         state = {"step": step, "seconds": round(seconds, 1), "versions": provenance.versions()}
         provenance.write_json_atomic(folder / "state.json", state)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from helpers import adapters, lora, provenance
+from helpers import adapters, cards, lora, provenance
 from helpers.components import Components, load_components, to_pictures, to_pil
 from helpers.data import LatentCache, build_cache, load_pictures
 from helpers.presets import Preset, TrainConfig, get_preset, runs_folder
@@ -29,6 +29,7 @@ from helpers.runs import (
     ADAPTER_FILE,
     Run,
     TrainingError,
+    adapter_metadata,
     config_key,
     copy_run,
     digest,
@@ -169,8 +170,8 @@ def finish(loop: Loop, seconds: float) -> None:
     """Write the adapter, then done.json: only a run that has both is finished."""
     run, unet = loop.run, loop.components.unet
     with new_folder(run.dir / "adapter") as folder:
-        saved = {"dataset": run.dataset, "key": run.key, "base_model": loop.components.name}
-        adapters.save_adapter(folder / ADAPTER_FILE, unet, saved)
+        adapters.save_adapter(folder / ADAPTER_FILE, unet, adapter_metadata(run, loop.config.steps))
+        cards.write_card(folder / ADAPTER_FILE)
     hashes = dict(run.config["hashes"], adapter=provenance.tensor_hash(load_file(run.adapter)))
     if loop.prompts:
         hashes["initial_latents"] = provenance.tensor_hash({"latents": run.initial_latents()})
