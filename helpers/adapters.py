@@ -212,7 +212,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     path = adapter_file(path)
     tensors, header = read_file(path)
     layout = layouts.layout_of(list(tensors))
-    found, keys = sort_tensors(path, tensors, layout)
+    found, keys = sort_tensors(path, tensors)
     adapter = Adapter({}, layout=layout, keys=keys)
     config = read_configs(path, header, layout)
     ranks = {layer: check_parts(path, parts, adapter, layer) for layer, parts in found.items()}
@@ -249,15 +249,16 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def sort_tensors(
-    path: Path, tensors: dict[str, Tensor], layout: str
+    path: Path, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[layouts.Place, str]]:
-    """{layer: {part: tensor}} and the key of each, once every key is one of the layout's and every value finite."""
+    """{layer: {part: tensor}} and the key of each, once every key is one of its layout's and every value finite."""
+    layout = layouts.layout_by_key(list(tensors))
     found: dict[str, dict[str, Tensor]] = {}
     keys: dict[layouts.Place, str] = {}
     for key, value in tensors.items():
-        place = layouts.READERS[layout](key)
+        place = layouts.READERS[layout[key]](key)
         if place is None:
-            raise AdapterError(f"{path}: unexpected key {key!r}, which is no {layout} LoRA key. {foreign(key)}")
+            raise AdapterError(f"{path}: unexpected key {key!r}, which is no {layout[key]} LoRA key. {foreign(key)}")
         numbers = FLOATS if place[1] != "alpha" else (*FLOATS, torch.int32, torch.int64)
         if value.dtype not in numbers or not torch.isfinite(value.float()).all():
             raise AdapterError(

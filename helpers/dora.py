@@ -43,7 +43,7 @@ class DoRALayer(LoRALayer):
             return result
         update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
         # m / ||V||, the norm a constant to the gradient (section 4.3)
-        ratio = self.magnitude / row_norms(super().merged_weight().detach())
+        ratio = self.magnitude / row_norms(self.direction().detach())
         # y = W x + bias + (m / ||V|| - 1) W x + m / ||V|| * B A x * scaling
         change = (ratio - 1) * (result - self.bias_of_output()) + ratio * update * self.scaling
         return (result + change).to(result.dtype)
@@ -57,15 +57,25 @@ class DoRALayer(LoRALayer):
         """What trains, by its name in an adapter file."""
         return super().parameters_by_name() | {"lora_magnitude_vector": self.magnitude}
 
+    def direction(self) -> Tensor:
+        """V = W + B A * scaling, float32 in the weight's shape."""
+        return super().merged_weight()
+
     def merged_weight(self) -> Tensor:
         """m * V / ||V||, float32 in the weight's shape."""
-        V = super().merged_weight()
+        V = self.direction()
         ratio = self.magnitude / row_norms(V)
         return V * ratio.view(-1, *[1] * (V.ndim - 1))
 
 
 class DoRALinear(DoRALayer, LoRALinear):
     """A frozen nn.Linear [..., in] -> [..., out] with a DoRA adapter."""
+
+    def direction(self) -> Tensor:
+        """V as above; B A is what comes out for the identity, as PEFT computes it: the same sums, so the same bits."""
+        A = self.lora_A.weight
+        identity = torch.eye(A.shape[1], device=A.device, dtype=A.dtype)
+        return self.base.weight.float() + self.scaling * self.lora_B(self.lora_A(identity)).T
 
 
 class DoRAConv2d(DoRALayer, LoRAConv2d):

@@ -110,6 +110,15 @@ def layout_of(keys: list[str]) -> str:
     return max(LAYOUTS, key=lambda layout: sum(READERS[layout](key) is not None for key in keys))
 
 
+def layout_by_key(keys: list[str]) -> dict[str, str]:
+    """Each key's layout: some diffusers scripts name the U-Net's tensors in one, the text encoder's in another."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        component = key.partition(".")[0]
+        groups.setdefault(component if component in OLD_ATTENTION else "", []).append(key)
+    return {key: layout for group in groups.values() for layout in [layout_of(group)] for key in group}
+
+
 def key_of(layout: str, layer: str, part: str) -> str:
     """What a layout calls one tensor of a layer. (Of the old layout, which had several, it gives the newest.)"""
     component, _, name = layer.partition(".")

@@ -18,7 +18,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 MAX_LINES = 40  # a taught definition fits one cell
 # What a lesson is about must be written in front of the reader, not imported.
 MUST_TEACH = {
-    "02": {"LoRALayer", "LoRALinear", "inject", "merge", "unmerge", "remove", "scaled", "delta_weight"},
+    "02": {
+        *("LoRALayer", "LoRALinear", "LoRAConv2d", "find_targets", "wrap", "inject", "scaled", "compose"),
+        *("delta_weight", "merge", "unmerge", "remove", "best_of_rank"),
+    },
     "04": {"batch_indices", "draw_step", "diffusion_target", "training_step"},
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -129,11 +132,12 @@ def altered(notebook, old: str, new: str):
 @pytest.mark.parametrize(
     "old, new, name",
     [
-        ("alpha / (math.sqrt(rank)", "alpha * (math.sqrt(rank)", "LoRALayer"),
+        ("alpha / (math.sqrt(rank)", "alpha * (math.sqrt(rank)", "scaling_of"),
         ("nn.init.zeros_(self.lora_B.weight)", "nn.init.zeros_(self.lora_A.weight)", "LoRALayer"),
         ("lora_A = nn.Linear(base.in_features", "lora_A = nn.Linear(rank", "LoRALinear"),
-        ("use_rslora: bool = False,\n) -> list[str]", "use_rslora: bool = True,\n) -> list[str]", "inject"),
-        ("(weight.float() + delta_weight(layer))", "(weight.float() - delta_weight(layer))", "merge"),
+        ("use_rslora: bool = False,\n    init", "use_rslora: bool = True,\n    init", "inject"),
+        ("weight.float() + delta_weight(self)", "weight.float() - delta_weight(self)", "LoRALayer"),
+        ("layer.merged_weight().to(weight.dtype)", "layer.merged_weight()", "merge"),
     ],
 )  # fmt: skip
 def test_a_changed_lesson_is_found(known, old, new, name):

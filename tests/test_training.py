@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import lora, provenance, runs, steps, training
+from helpers import adapters, lora, provenance, runs, steps, training
 from helpers.data import LatentCache
 from helpers.presets import ROOT, Datasets, DatasetSpec, TrainConfig, get_preset
 from helpers.runs import Run, is_finished, run_config
@@ -398,6 +398,17 @@ def test_a_run_leaves_what_it_promises(preset, tiny):
     assert set(run.hashes) == {"code", "weights", "data", "adapter", "initial_latents"}
     assert run.hashes["adapter"] == provenance.tensor_hash(weights(run))
     assert run.done["losses"]["last"] == metrics[-1]["loss"]
+
+    said, config = adapters.read_adapter(run.adapter).metadata, run.config
+    assert (said["base_model"], said["base_model_hash"]) == (config["model"], run.hashes["weights"])
+    assert (said["dataset"], said["dataset_hash"]) == (run.dataset, run.hashes["data"])
+    for name in ("seed", "rank", "alpha", "targets"):
+        assert said[name] == config["train"][name]
+    assert said["prediction_type"] == config["prediction_type"] and said["versions"]["torch"] == torch.__version__
+    assert said["step"] == config["train"]["steps"]
+    last = adapters.read_adapter(run.checkpoint_dir(run.checkpoints()[0]) / "adapter.safetensors").metadata
+    assert last == said | {"step": run.checkpoints()[0]}
+    assert f"| dataset | {run.dataset} |" in (run.adapter.parent / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"no validation at step 4; known: \[0, 3, 6, 9, 10\]"):
         run.validation_pictures(4)
     assert not [path.name for path in run.dir.rglob(".*")], "no temporary files stay"

@@ -5,6 +5,7 @@ says PASS if all of them passed. PASS lines name the bound, so they are the same
 what was measured.
 """
 
+import gc
 import math
 
 import pytest
@@ -18,11 +19,13 @@ ABOUT = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are so small that a second thread only costs time."""
+def quick():
+    """One thread, as the models are so small that a second one costs time; no search for garbage in the libraries."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

@@ -15,7 +15,7 @@ from helpers.components import as_pipeline, load_components
 from helpers.presets import get_preset
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-CONVOLUTIONS = ["conv1", "conv_shortcut", "conv"]
+CONVOLUTIONS = ["conv_in", "conv_shortcut", "conv"]
 TARGETS = [*ATTENTION, "proj_in", *CONVOLUTIONS]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ALPHA = 6.0  # the alpha of every adapter that does not say another; no tested rank equals it
@@ -24,9 +24,9 @@ STRUCTURES = [*TINY, "MiniSD"]
 
 
 ROUNDING = 1e-6
-# where numbers are not added up in the same order, a whole U-Net makes about 1e-6 of it
+# kohya keeps alpha as a float32: where that rounds, a whole U-Net makes about 1e-6 of it
 UNET_ROUNDING = 5e-6
-# and three denoising steps with guidance make about 1e-5 of that
+# and a few denoising steps with guidance make about 1e-5 of that
 LATENTS_ROUNDING = 5e-5
 
 
@@ -198,13 +198,13 @@ def base_results(structure):
 
 @torch.no_grad()
 def draw(pipeline):
-    """The latents after three denoising steps with guidance; the captions are random tokens."""
+    """The latents after two denoising steps with guidance; the captions are random tokens."""
     ids = token_ids(pipeline.text_encoder, 4, batch=2)
     caption, empty = pipeline.text_encoder(ids).last_hidden_state.split(1)
     shape = 1, 4, pipeline.unet.config.sample_size, pipeline.unet.config.sample_size
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     embeddings = {"prompt_embeds": caption, "negative_prompt_embeds": empty, "latents": latents}
-    return pipeline(**embeddings, num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
+    return pipeline(**embeddings, num_inference_steps=2, guidance_scale=3.0, output_type="latent").images
 
 
 # ---- differences ----

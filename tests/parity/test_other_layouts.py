@@ -29,7 +29,7 @@ from torch import nn
 from helpers import lora
 from helpers.adapters import WEIGHTS_NAME, adapter_of, load_adapter, read_adapter, save_adapter
 
-ALL_TARGETS = [*TARGETS, "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv2", "conv_in"]
+ALL_TARGETS = [*TARGETS, "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv1", "conv2"]
 ALL_TEXT_TARGETS = [*TEXT_TARGETS, "fc1", "fc2"]
 RANK = 3  # its square root has to be rounded, for rsLoRA in kohya's layout
 PATTERNS = {"rank_pattern": {"attn2.to_q": 2, "conv1": 4}, "alpha_pattern": {"attn1.to_k": 0.1}}
@@ -43,7 +43,7 @@ def adapted(structure="SD 1.5", targets=ALL_TARGETS, text_targets=ALL_TEXT_TARGE
     options = {key: value for key, value in options.items() if not key.endswith("pattern")}
     lora.inject(pipeline.text_encoder, text_targets, RANK, alpha, **options)
     for model in (pipeline.unet, pipeline.text_encoder):
-        fill(model)
+        fill(model, 0.1)
     return pipeline
 
 
@@ -68,14 +68,17 @@ EXACT_FACTOR = (ROUNDING, ROUNDING)
 ROUNDED_FACTOR = (UNET_ROUNDING, LATENTS_ROUNDING)
 
 
+def results(pipeline):
+    """Text embeddings and latents."""
+    return output(pipeline.text_encoder), draw(pipeline)
+
+
 def compare(state, what, ours, theirs, bounds=EXACT_FACTOR, *, structure, **case):
-    """State that two pipelines encode the same text and draw the same latents, and that their adapters matter."""
+    """State that two `results` are equal; they must differ from those of the base."""
     latents, embeddings = base_results(structure)
-    found, encoded = draw(ours), output(ours.text_encoder)
-    assert_matters(encoded, embeddings)
-    assert_matters(found, latents)
-    state(f"text embeddings {what}", difference(encoded, output(theirs.text_encoder)), bounds[0], **case)
-    state(f"latents {what}", difference(found, draw(theirs)), bounds[1], **case)
+    for i, (name, base) in enumerate({"text embeddings": embeddings, "latents": latents}.items()):
+        assert_matters(ours[i], base)
+        state(f"{name} {what}", difference(ours[i], theirs[i]), bounds[i], **case)
 
 
 # ---- kohya ----
@@ -107,13 +110,12 @@ def test_our_kohya_file(parity, tmp_path, structure, rslora):
     path = saved(tmp_path, pipeline)
     ours, theirs = loaded_by_us(structure, path), loaded_by_diffusers(structure, path)
     case = {"model": structure, "r": RANK, "alpha": f"{ALPHA:g}", "rsLoRA": "on" if rslora else "off"}
-    parity(
-        "the factor before B A, saved in kohya's layout", difference(factors(ours), factors(pipeline)), ROUNDING, **case
-    )
+    found = difference(factors(ours), factors(pipeline))
+    parity("the factor before B A, saved in kohya's layout", found, ROUNDING, **case)
     bounds = ROUNDED_FACTOR if rslora else EXACT_FACTOR
-    compare(
-        parity, "equal those of the model saved in kohya's layout", ours, pipeline, bounds, structure=structure, **case
-    )
+    saved_ones, ours, theirs = map(results, (pipeline, ours, theirs))
+    what = "equal those of the model saved in kohya's layout"
+    compare(parity, what, ours, saved_ones, bounds, structure=structure, **case)
     what = "with our kohya file in load_lora_weights"
     compare(parity, what, ours, theirs, bounds, structure=structure, **case)
 
@@ -164,9 +166,10 @@ OLD_NAMES = {
 def test_old_names_of_both_parts(parity, tmp_path, structure, names):
     pipeline = adapted(structure, ATTENTION, TEXT_TARGETS, alpha=RANK)
     path = renamed(tmp_path, pipeline, *OLD_NAMES[names])
-    ours, theirs = loaded_by_us(structure, path), loaded_by_diffusers(structure, path)
+    loaded = loaded_by_us(structure, path), loaded_by_diffusers(structure, path)
+    saved_ones, ours, theirs = map(results, (pipeline, *loaded))
     case = {"structure": structure, "model": structure, "case": names}
-    compare(parity, "with old names equal those of the saved model", ours, pipeline, **case)
+    compare(parity, "with old names equal those of the saved model", ours, saved_ones, **case)
     compare(parity, "with old names in load_lora_weights", ours, theirs, **case)
 
 
@@ -224,7 +227,7 @@ def test_text_keys_with_and_without_text_model(parity, tmp_path, with_prefix):
     (tmp_path / "other").mkdir()
     named = {key.replace("text_encoder.", prefix): value for key, value in bare.items()}
     save_file(named, tmp_path / "other" / WEIGHTS_NAME)
-    ours, theirs = (load("SD 1.5", tmp_path / "other") for load in (loaded_by_us, loaded_by_diffusers))
+    ours, theirs = (results(load("SD 1.5", tmp_path / "other")) for load in (loaded_by_us, loaded_by_diffusers))
     case = {"structure": "SD 1.5", "case": "text_encoder.text_model.encoder" if with_prefix else "text_encoder.encoder"}
     compare(
         parity,

@@ -32,18 +32,20 @@ from helpers import lora
 ATTENTION_REGEX = r"(down|up)_blocks.*\.attn[12]\.to_[qkv]"
 # structure, rank, rsLoRA, dropout: every value on both structures
 RUNS = [
-    ("SD 1.5", 1, False, 0.0),
-    ("SD 1.5", 4, True, 0.3),
-    ("SD 1.5", 16, True, 0.0),
-    ("SD 1.5", 16, False, 0.3),
-    ("SD 2.1", 1, True, 0.3),
-    ("SD 2.1", 1, False, 0.3),
-    ("SD 2.1", 4, False, 0.0),
-    ("SD 2.1", 16, True, 0.0),
+    ("SD 1.5", 1, False, 0.3),
+    ("SD 1.5", 4, True, 0.0),
+    ("SD 1.5", 16, True, 0.3),
+    ("SD 2.1", 1, True, 0.0),
+    ("SD 2.1", 4, False, 0.3),
+    ("SD 2.1", 16, False, 0.0),
 ]
+PATTERNS = {
+    "rank_pattern": {"attn2.to_q": 2, "conv_shortcut": 3},
+    "alpha_pattern": {r"attn[12]\.to_v": 9},
+}
 VARIANTS = {
     "gaussian start": {"init": "gaussian"},
-    "rank and alpha patterns": {"rank_pattern": {"attn2.to_q": 2, "conv1": 3}, "alpha_pattern": {r"attn[12]\.to_v": 9}},
+    "rank and alpha patterns": PATTERNS,
     "targets as a regular expression": {"targets": ATTENTION_REGEX},
 }
 
