@@ -1,4 +1,4 @@
-"""The configuration in an adapter file: the fields of PEFT's LoraConfig, as diffusers and PEFT store them.
+"""What an adapter file holds, and its configuration: the fields of PEFT's LoraConfig, as diffusers and PEFT store them.
 
 A file may come from anyone, so every field is checked before it is used.
 """
@@ -10,9 +10,10 @@ import re
 import reprlib
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import lora
+from helpers import layouts, lora
 from helpers.lowrank import LoRAWeights
 
 CONFIG_KEY = "lora_adapter_metadata"
@@ -23,6 +24,38 @@ COMPONENTS = ("unet", "text_encoder")
 
 class AdapterError(ValueError):
     """An adapter file that cannot be used; the message names the file, the key and what to do."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds.
+
+    layers: {"unet.<module>" or "text_encoder.<module>": LoRAWeights}. targets: for each component the
+    targets that the file names. metadata: its provenance. layout: how its tensors are named, see `helpers.layouts`.
+    dropout: of training. keys: the file's own names of its tensors, {(layer, part): key}, for messages.
+    """
+
+    layers: dict[str, LoRAWeights]
+    targets: dict[str, list[str] | str] = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
+    layout: str = "diffusers"
+    dropout: float = 0.0
+    keys: dict[layouts.Place, str] = field(default_factory=dict)
+
+    def of(self, component: str) -> dict[str, LoRAWeights]:
+        """The layers of "unet" or "text_encoder", by the names of the modules they adapt."""
+        prefix = component + "."
+        return {name.removeprefix(prefix): w for name, w in self.layers.items() if name.startswith(prefix)}
+
+    def key(self, layer: str, part: str) -> str:
+        """What the file calls a tensor, or would: an old file's names are guessed from that of the other factor."""
+        if (layer, part) in self.keys:
+            return self.keys[layer, part]
+        sides = dict(zip(layouts.OLD_PARTS.values(), ((".up.", ".down."), (".down.", ".up.")), strict=True))
+        other = next((p for p in sides if p != part and (layer, p) in self.keys), None)
+        if self.layout == "old" and part in sides and other:
+            return self.keys[layer, other].replace(*sides[part])
+        return layouts.key_of(self.layout, layer, part)
 
 
 def lora_config(component: str, layers: Mapping[str, LoRAWeights], targets: list[str] | str, dropout: float) -> dict:

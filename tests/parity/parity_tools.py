@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers import dora, lora
+from helpers.adapters import load_adapter
 from helpers.components import as_pipeline, load_components
 from helpers.presets import get_preset
 
@@ -58,6 +59,20 @@ def pipeline_of(structure):
     """diffusers' pipeline with a U-Net and a text encoder of its own."""
     parts = components_of(structure)
     return as_pipeline(replace(parts, unet=unet_of(structure), text_encoder=text_encoder_of(structure)))
+
+
+def loaded_by_us(structure, path):
+    """A pipeline with the adapter of a file, read by `load_adapter`."""
+    pipeline = pipeline_of(structure)
+    load_adapter(path, pipeline.unet, pipeline.text_encoder)
+    return pipeline
+
+
+def loaded_by_diffusers(structure, path):
+    """A pipeline with the adapter of a file, read by diffusers."""
+    pipeline = pipeline_of(structure)
+    pipeline.load_lora_weights(path)
+    return pipeline
 
 
 # ---- adapters ----

@@ -18,6 +18,8 @@ from parity_tools import (
     difference,
     draw,
     fill,
+    loaded_by_diffusers,
+    loaded_by_us,
     output,
     pipeline_of,
     text_encoder_of,
@@ -49,18 +51,6 @@ def adapted(structure="SD 1.5", targets=ALL_TARGETS, text_targets=ALL_TEXT_TARGE
 
 def saved(path, pipeline, layout="kohya"):
     return save_adapter(path, pipeline.unet, text_encoder=pipeline.text_encoder, layout=layout)
-
-
-def loaded_by_us(structure, path):
-    pipeline = pipeline_of(structure)
-    load_adapter(path, pipeline.unet, pipeline.text_encoder)
-    return pipeline
-
-
-def loaded_by_diffusers(structure, path):
-    pipeline = pipeline_of(structure)
-    pipeline.load_lora_weights(path)
-    return pipeline
 
 
 EXACT_FACTOR = (ROUNDING, ROUNDING)

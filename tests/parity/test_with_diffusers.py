@@ -20,6 +20,8 @@ from parity_tools import (
     draw,
     fill,
     fill_size,
+    loaded_by_diffusers,
+    loaded_by_us,
     output,
     peft_config,
     pipeline_of,
@@ -63,18 +65,6 @@ def adapted_by_peft(structure, text=False, targets=TARGETS, **options):
     for model in (pipeline.unet, pipeline.text_encoder):
         fill(model, fill_size(structure))
         model.eval()
-    return pipeline
-
-
-def loaded_by_us(structure, path):
-    pipeline = pipeline_of(structure)
-    load_adapter(path, pipeline.unet, pipeline.text_encoder)
-    return pipeline
-
-
-def loaded_by_diffusers(structure, path):
-    pipeline = pipeline_of(structure)
-    pipeline.load_lora_weights(path)
     return pipeline
 
 
