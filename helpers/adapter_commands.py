@@ -36,6 +36,7 @@ def add_commands(parser: argparse.ArgumentParser, default: str) -> None:
         "adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="several are added up, as in doodles=0.6"
     )
     merge.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="in diffusers layout")
+    merge.add_argument("--other-base", action="store_true", help="they were made for another base model: try it")
 
     extract = add("extract", extract_adapter, "cut an adapter out of the difference of two U-Nets")
     extract.add_argument("tuned", type=Path, metavar="FOLDER", help="a fine-tuned model in diffusers layout")
@@ -87,9 +88,13 @@ def merge_adapters(given: argparse.Namespace) -> int:
     from .adapters import put_into
     from .components import as_pipeline, load_components
     from .provenance import atomic_path
+    from .runs import weights_fingerprint
 
     preset = get_preset(given.preset)
-    adapter = weighted_sum(preset, given.adapters)
+    made_for = {"prediction_type": preset.prediction_type, "base_model_hash": weights_fingerprint(preset)}
+    if given.other_base:
+        del made_for["base_model_hash"]
+    adapter = weighted_sum(preset, given.adapters, made_for)
     components = load_components(preset, "cpu")
     put_into(adapter, components.unet, components.text_encoder, " + ".join(given.adapters))
     for model in (components.unet, components.text_encoder):
@@ -106,9 +111,9 @@ def merge_adapters(given: argparse.Namespace) -> int:
     return 0
 
 
-def weighted_sum(preset: Preset, given: list[str]) -> Any:
-    """One adapter from "doodles" or ["doodles=0.6", "vintage=0.4"]."""
-    from .adapters import Adapter, read_adapter
+def weighted_sum(preset: Preset, given: list[str], expect: dict[str, Any]) -> Any:
+    """One adapter from ["doodles"] or ["doodles=0.6", "vintage=0.4"], each checked by `check_origin`."""
+    from .adapters import Adapter, check_origin, read_adapter
     from .lowrank import compose
 
     found = []
@@ -116,7 +121,9 @@ def weighted_sum(preset: Preset, given: list[str]) -> Any:
         name, equals, weight = text.rpartition("=") if not Path(text).exists() else (text, "", "")
         if equals and not is_finite(weight):
             raise ValueError(f"{text!r}: what follows the = is the adapter's weight, a number such as 0.6")
-        adapter = read_adapter(find_adapter(preset, name if equals else text))
+        path = find_adapter(preset, name if equals else text)
+        adapter = read_adapter(path)
+        check_origin(adapter, expect, path)
         found.append((adapter, float(weight) if equals else 1.0))
     if len(found) == 1 and found[0][1] == 1:
         return found[0][0]

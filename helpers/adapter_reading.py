@@ -122,7 +122,7 @@ def foreign(key: str) -> str:
     return "Is this an adapter for Stable Diffusion 1 or 2?"
 
 
-def missing(path: Path, adapter: Adapter, layer: str, part: str, why: str = "") -> AdapterError:
+def missing(path: str | os.PathLike, adapter: Adapter, layer: str, part: str, why: str = "") -> AdapterError:
     """The error for a tensor that is not there."""
     key = adapter.key(layer, part)
     return AdapterError(f"{path}: missing key {key!r}{why}; the file is incomplete: save or download it again")

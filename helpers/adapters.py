@@ -31,7 +31,7 @@ from helpers.lowrank import LoRAWeights, attach, check_fit, weights_of
 from helpers.provenance import atomic_path
 
 __all__ = ["Adapter", "AdapterError", "adapter_file", "adapter_of", "load_adapter", "put_into", "read_adapter",
-           "save_adapter", "write_adapter"]  # fmt: skip
+           "save_adapter", "check_origin", "write_adapter"]  # fmt: skip
 
 
 # ---- saving ----
@@ -63,7 +63,7 @@ def adapter_of(
         if found:
             targets[component] = short_targets(model, found)
             layers |= {layouts.layer_of(component, name): w for name, w in weights_of(model).items()}
-            dropout = max(dropout, *(getattr(layer.lora_dropout, "p", 0.0) for layer in found.values()), 0.0)
+            dropout = max(dropout, *(getattr(layer.lora_dropout, "p", 0.0) for layer in found.values()))
     if not layers:
         raise AdapterError("there are no LoRA layers to save; inject(unet, ...) adds them")
     return Adapter(layers, targets, metadata or {}, dropout=dropout)
@@ -82,7 +82,10 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, layout: str = "diff
     layers, tensors = uniform(adapter.layers), {}
     for layer, weights in layers.items():
         for part, tensor in weights.tensors().items():
-            tensors[layouts.key_of(layout, layer, part)] = tensor.detach().cpu().clone().contiguous()
+            key = layouts.key_of(layout, layer, part)
+            if part != "lora_magnitude_vector" and layouts.READERS[layout](key) != (layer, part):
+                raise AdapterError(f"{layer}: {layout}'s layout has no name for this layer that could be read again")
+            tensors[key] = tensor.detach().cpu().clone().contiguous()
     if layout == "kohya":
         tensors |= kohya_alphas(layers)
         first = next(iter(layers.values()))
@@ -171,12 +174,7 @@ def load_adapter(
     """
     path = adapter_file(path)
     adapter = read_adapter(path)
-    for key, wanted in (expect or {}).items():
-        if adapter.metadata.get(key, wanted) != wanted:
-            raise AdapterError(
-                f"{path}: the adapter was trained with {key} {adapter.metadata[key]!r}, this model has {wanted!r}. "
-                "Load the base model that it was made for"
-            )
+    check_origin(adapter, expect or {}, path)
     put_into(adapter, unet, text_encoder, str(path))
     component = "unet" if adapter.of("unet") else "text_encoder"
     model = unet if component == "unet" else text_encoder
@@ -189,6 +187,16 @@ def load_adapter(
         "metadata": adapter.metadata,
         "layout": adapter.layout,
     }
+
+
+def check_origin(adapter: Adapter, expect: Mapping[str, object], path: str | os.PathLike) -> None:
+    """Raise AdapterError where the adapter's metadata contradicts what a model has."""
+    for key, wanted in expect.items():
+        if adapter.metadata.get(key, wanted) != wanted:
+            raise AdapterError(
+                f"{path}: the adapter was trained with {key} {adapter.metadata[key]!r}, this model has {wanted!r}. "
+                "Load the base model that it was made for"
+            )
 
 
 def put_into(
@@ -236,4 +244,4 @@ def check_model(adapter: Adapter, component: str, model: nn.Module, layers: dict
     for name, module in modules.items():
         if isinstance(module, tuple(lora.KINDS)) and lora.selects(targets, name) and name not in layers:
             layer = layouts.layer_of(component, name)
-            raise missing(Path(what), adapter, layer, "lora_A.weight", ": the header's targets select that layer")
+            raise missing(what, adapter, layer, "lora_A.weight", ": the header's targets select that layer")

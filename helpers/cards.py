@@ -123,8 +123,9 @@ def write_card(path: str | os.PathLike) -> Path:
 def model_card(info: AdapterInfo) -> str:
     """The text of the card: YAML for the hub, how to use the adapter, and where it comes from."""
     said = info.metadata
-    base, dataset = said.get("base_model"), said.get("dataset")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") is not None
+    base = text_of(said.get("base_model", "an unnamed model"))
+    dataset = text_of(said.get("dataset", "unnamed pictures"))
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="diffusers",
@@ -140,11 +141,11 @@ def model_card(info: AdapterInfo) -> str:
         "parameters": f"{info.parameters:,}",
         **{key.replace("_", " "): text_of(value) for key, value in said.items() if key not in SHOWN},
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     usage = HUB_USAGE if on_hub else LOCAL_USAGE
     return CARD.format(
         yaml=data.to_yaml().strip(),
-        title=f"LoRA: {dataset} for {base}" if dataset and base else "LoRA adapter",
+        title=f"LoRA: {dataset} for {base}",
         usage=usage.format(base=base, file=info.path.name),
         rows=rows,
     )
@@ -154,8 +155,10 @@ SHOWN = ("base_model", "dataset", "rank", "alpha", "targets")
 
 
 def text_of(value: object) -> str:
-    """A metadata value in one table cell."""
-    return ", ".join(f"{key} {v}" for key, v in value.items()) if isinstance(value, dict) else str(value)
+    """A metadata value on one line that does not break a table."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {v}" for key, v in value.items())
+    return " ".join(str(value).replace("|", "/").split())
 
 
 CARD = """---
@@ -188,7 +191,8 @@ pipeline.load_lora_weights(".", weight_name="{file}")
 picture = pipeline("a prompt").images[0]
 ```
 """
-LOCAL_USAGE = """The base model, {base}, is not on the hub. In the repository that trained the adapter:
+LOCAL_USAGE = """The base model, {base}, is not on the hub. In the repository that trained the adapter,
+with the name of its preset:
 
 ```python
 from helpers.adapters import load_adapter

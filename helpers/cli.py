@@ -388,7 +388,9 @@ def draw(preset: Preset, given: argparse.Namespace, adapter: Path | None) -> lis
     components = load_components(preset, given.device)
     if adapter is not None:
         made_for = {"prediction_type": preset.prediction_type, "base_model_hash": weights_fingerprint(preset)}
-        load_adapter(adapter, components.unet, components.text_encoder, expect={} if given.other_base else made_for)
+        if given.other_base:
+            del made_for["base_model_hash"]
+        load_adapter(adapter, components.unet, components.text_encoder, made_for)
     prompts = [prompt for prompt in given.prompt for _ in range(given.count)]
     seeds = [given.seed + number for _ in given.prompt for number in range(given.count)]
     settings = {

@@ -43,7 +43,9 @@ class DoRALayer(LoRALayer):
             return result
         update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
         # m / ||V||, the norm a constant to the gradient (section 4.3)
-        ratio = self.magnitude / row_norms(self.direction().detach())
+        with torch.no_grad():
+            norms = row_norms(self.direction())
+        ratio = self.magnitude / norms
         # y = W x + bias + (m / ||V|| - 1) W x + m / ||V|| * B A x * scaling
         change = (ratio - 1) * (result - self.bias_of_output()) + ratio * update * self.scaling
         return (result + change).to(result.dtype)

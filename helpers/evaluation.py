@@ -251,12 +251,15 @@ def random_adapter(unet: torch.nn.Module, seed: int = 0) -> Iterator[None]:
     """Control: within the block, each LoRA layer holds Gaussian A and B whose update has the trained one's norm.
 
     For every layer ||B' A'||_F = ||B A||_F, so that the change is as large as the adapter's but says nothing.
-    The trained A and B come back, bit for bit. Raises ValueError for a U-Net without LoRA layers.
+    The trained A and B come back, bit for bit. Raises ValueError for a U-Net without LoRA layers, and for DoRA, whose
+    magnitude has no such control.
     """
     g = torch.Generator().manual_seed(seed)
     layers = list(lora.lora_layers(unet).values())
     if not layers:
         raise ValueError("a random adapter takes its shape and norm from a trained one: load an adapter first")
+    if any("lora_magnitude_vector" in layer.parameters_by_name() for layer in layers):
+        raise ValueError("a random adapter stands beside plain LoRA, and this is DoRA")
     trained = [(layer.lora_A.weight.detach().clone(), layer.lora_B.weight.detach().clone()) for layer in layers]
     norms = [lora.delta_weight(layer).norm().detach() for layer in layers]
     try:

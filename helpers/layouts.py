@@ -62,6 +62,9 @@ def layer_of(component: str | None, name: str) -> str:
     return f"{component}.{name.removeprefix(TEXT_PREFIX) if component == 'text_encoder' else name}"
 
 
+# Each of the following gives the place that a key of its layout names, None for a key of another layout.
+
+
 def place_in_diffusers(key: str) -> Place | None:
     parts = "|".join(map(re.escape, PARTS))
     match = re.fullmatch(rf"(unet|text_encoder)\.(.+)\.({parts})", key)

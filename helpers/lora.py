@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 
 def check_settings(rank: int, alpha: float, dropout: float, init: str) -> None:
-    """Raise ValueError for a rank that is no number above 0, an alpha that is none, or an unknown dropout or init."""
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ValueError(f"rank must be at least 1 and whole, alpha a number, not {rank!r} and {alpha!r}")
+    """Raise ValueError for a rank that is no whole number from 1 on, an alpha, dropout or init that makes no sense."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be at least 1 and whole, not {rank!r}")
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, not {alpha!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if init not in ("kaiming", "gaussian"):
@@ -66,7 +68,7 @@ class LoRALayer(nn.Module):
         result = self.base(x)
         if self.original_weight is not None:  # merged: the adapter is in the base's weight
             return result
-        # y = W x + B A dropout(x) * scaling, the second term and the sum in float32
+        # y = W x + B A dropout(x) * scaling, the second term and the sum in A's dtype, float32
         update = self.lora_B(self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))))
         return (result + update * self.scaling).to(result.dtype)
 
@@ -157,7 +159,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             raise ValueError(f"target {target!r} matches no module of the {type(model).__name__}{hint}")
     for name, module in found:
         if not isinstance(module, tuple(KINDS)) or getattr(module, "groups", 1) != 1:
-            raise ValueError(f"the targets select {name!r}, not a Linear or an ungrouped Conv2d but {module}")
+            raise ValueError(f"the targets select {name!r}: {type(module).__name__} is no Linear or ungrouped Conv2d")
     return [name for name, _ in found]
 
 
@@ -221,7 +223,7 @@ def inject(
 
 
 def freeze_all_but_lora(model: nn.Module) -> None:
-    """Let gradients reach A and B of each layer and nothing else."""
+    """Let gradients reach A and B of each layer (and DoRA's magnitude), and nothing else."""
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
@@ -268,7 +270,8 @@ def load_lora_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
 def scaled(model: nn.Module, s: float) -> Iterator[None]:
     """Within the block the adapter counts s times: 0 is the base model, 1 as trained, negative the other way.
 
-    Only the adapter's part is multiplied. Blocks may be nested. Raises ValueError for a model without LoRA layers
+    Only the adapter's part is multiplied: DoRA's magnitude stays as it was trained, so 0 is not quite its base model.
+    Blocks may be nested. Raises ValueError for a model without LoRA layers
     or with merged ones.
     """
     layers = list(lora_layers(model).values())
@@ -287,7 +290,7 @@ def scaled(model: nn.Module, s: float) -> Iterator[None]:
 def delta_weight(layer: LoRALayer) -> Tensor:
     """The change of the base's weight that the adapter amounts to, float32, in the weight's shape."""
     # Delta W = B A * scaling, with each kernel of A flattened to one row
-    product = layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)
+    product = layer.lora_B.weight.float().flatten(1) @ layer.lora_A.weight.float().flatten(1)
     return product.view(layer.base.weight.shape) * layer.scaling
 
 

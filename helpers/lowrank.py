@@ -60,7 +60,7 @@ def weights_of(model: nn.Module) -> dict[str, LoRAWeights]:
     """A copy of the adapter in a model, on the CPU: as trained, whatever `scaled` or `merge` are doing to it."""
     found = {}
     for name, layer in lora.lora_layers(model).items():
-        tensors = {part: p.detach().cpu().clone() for part, p in layer.parameters_by_name().items()}
+        tensors = {part: p.detach().float().cpu().clone() for part, p in layer.parameters_by_name().items()}
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         found[name] = LoRAWeights(A, B, layer.alpha, layer.use_rslora, tensors.get("lora_magnitude_vector"))
     return found
@@ -123,7 +123,7 @@ def compose(adapters: Sequence[tuple[Mapping[str, LoRAWeights], float]]) -> dict
     for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter):
         parts = [(adapter[name], weight) for adapter, weight in adapters if name in adapter]
         if any(part.magnitude is not None for part, _ in parts):
-            raise ValueError(f"{name!r} is a DoRA layer: its magnitude cannot be added to another's")
+            raise ValueError(f"{name!r} is a DoRA layer: its magnitude can be neither weighted nor added")
         if len({(part.A.shape[1:], part.B.shape[:1]) for part, _ in parts}) > 1:
             raise ValueError(f"{name!r} has another shape in each adapter: they are for different base models")
         # [w1 s1 B1, w2 s2 B2] [A1; A2] = w1 s1 B1 A1 + w2 s2 B2 A2
@@ -141,12 +141,11 @@ def extract(
 
     The second value is ||Delta W - B A||_F / ||Delta W||_F of each layer, 0 … 1 (0 where the models agree). Layers
     narrower than the rank get less. Eckart and Young 1936: cutting the singular values off is the best there is.
-    Raises ValueError for targets that select nothing, and for models of different structure.
+    Raises ValueError for a rank below 1, for targets that select nothing, and for models of different structure.
     """
-    adapter, errors = {}, {}
+    adapter, errors, parameters = {}, {}, dict(tuned.named_parameters())
     for name in lora.find_targets(base, targets):
-        old = base.get_submodule(name).weight
-        new = dict(tuned.named_parameters()).get(f"{name}.weight")
+        old, new = base.get_submodule(name).weight, parameters.get(f"{name}.weight")
         if new is None or new.shape != old.shape:
             raise ValueError(f"the models differ in structure: {name!r} is not the same layer in both")
         adapter[name], errors[name] = best_of_rank(new.float() - old.float(), rank)
@@ -154,8 +153,10 @@ def extract(
 
 
 def best_of_rank(delta: Tensor, rank: int) -> tuple[LoRAWeights, float]:
-    """The closest B A to an update [out, in, ...], and the relative error it leaves."""
-    U, sigma, Vh = torch.linalg.svd(delta.flatten(1).double(), full_matrices=False)
+    """The closest B A to an update [out, in, ...], on the CPU, and the relative error it leaves."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    U, sigma, Vh = torch.linalg.svd(delta.flatten(1).cpu().double(), full_matrices=False)
     r = min(rank, len(sigma))
     # B = U sqrt(Sigma), A = sqrt(Sigma) V^T: the two factors share the size of the update
     root = sigma[:r].sqrt()

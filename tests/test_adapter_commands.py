@@ -139,8 +139,8 @@ def test_merge_adds_weighted_adapters(components, adapter, tmp_path):
 
 def test_a_single_adapter_of_weight_one_stays_as_it_is(adapter):
     path, _ = adapter
-    assert weighted_sum(get_preset("mini"), [str(path)]).targets == {"unet": sorted(TARGETS)}
-    assert {w.rank for w in weighted_sum(get_preset("mini"), [f"{path}=2"]).layers.values()} == {2}
+    assert weighted_sum(get_preset("mini"), [str(path)], {}).targets == {"unet": sorted(TARGETS)}
+    assert {w.rank for w in weighted_sum(get_preset("mini"), [f"{path}=2"], {}).layers.values()} == {2}
 
 
 @pytest.mark.parametrize("weight", ["x", "nan", "inf", ""])
@@ -200,10 +200,14 @@ def test_an_adapter_of_another_base_is_refused_unless_asked_for(components, tmp_
         path = save_adapter(tmp_path / "a.safetensors", adapted(components.unet), {field: value})
     finally:
         lora.remove(components.unet)
-    command = ["sample", "--prompt", "a cat", "--steps", "1", "--adapter", str(path), "--output", f"{tmp_path}/x.png"]
-    assert cli.main(command) == 1
-    assert f"trained with {field} '{value}'" in capsys.readouterr().err
-    assert cli.main([*command, "--other-base"]) == 0 and (tmp_path / "x.png").exists()
+    sample = ["sample", "--prompt", "a cat", "--steps", "1", "--adapter", str(path), "--output", f"{tmp_path}/x.png"]
+    merge = ["adapter", "merge", f"{path}=0.5", "--output", f"{tmp_path}/merged"]
+    for command in (sample, merge):
+        assert cli.main(command) == 1
+        assert f"trained with {field} '{value}'" in capsys.readouterr().err
+        # another base may be tried; another prediction type would be read as what it is not
+        assert cli.main([*command, "--other-base"]) == (1 if field == "prediction_type" else 0)
+    assert (tmp_path / "x.png").exists() == (tmp_path / "merged").exists() == (field != "prediction_type")
 
 
 # --- the card -----------------------------------------------------------------------------------------------------

@@ -365,9 +365,9 @@ def assert_refused(message, *arguments, error=ValueError, **options):
     "targets, message",
     [
         (["to_q", "to_nothing"], "'to_nothing' matches no module"),
-        (["attn1"], "the targets select '.*attn1', not a Linear or an ungrouped Conv2d"),
+        (["attn1"], "the targets select '.*attn1': Attention is no Linear"),
         ("to_q", "'to_q' matches no module"),  # a regular expression has to match a whole name
-        (".*attn1", "the targets select '.*attn1', not a Linear or an ungrouped Conv2d"),
+        (".*attn1", "the targets select '.*attn1': Attention is no Linear"),
         ([], "list of at least one name"),
     ],
 )
