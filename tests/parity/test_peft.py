@@ -93,7 +93,7 @@ def test_minisd(parity):
     ours, theirs = pair(partial(unet_of, "MiniSD"))
     fact = partial(parity, where="MiniSD", **in_words(4, False, 0.0))
     compare_start(fact, ours, theirs, f"initial A, B and factor of layers {kinds_of_layers(ours)}")
-    compare_training(fact, ours, theirs, steps=5)
+    compare_training(fact, ours, theirs, steps=20)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -24,7 +24,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from helpers import dora, lora
 
-SETTINGS = {"r": 4, "alpha": 6}
+SETTINGS = {"where": "DoRA", "r": 4, "alpha": 6}
 
 
 def dora_pair(structure):
