@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_minisd
 
 from helpers import adapters, lora, provenance, runs, steps, training
 from helpers.data import LatentCache
@@ -66,7 +67,7 @@ def whole(pictures, tmp_path_factory):
     """A run that nothing disturbed, for comparison; tests only read it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_RUNS", str(tmp_path_factory.mktemp("whole")))
-        return quiet(make_preset(pictures), tiny_components())
+        return quiet(make_preset(pictures), tiny_minisd())
 
 
 @pytest.fixture
@@ -113,13 +114,6 @@ def quiet(preset, components, **settings) -> Run:
 
 def weights(run: Run) -> dict:
     return {name: value.clone() for name, value in load_file(run.adapter).items()}
-
-
-def tiny_components():
-    """The parts that the fixture `tiny` has, for fixtures and processes that cannot ask for it."""
-    import conftest
-
-    return conftest.tiny.__wrapped__()
 
 
 def same_tensors(a: dict, b: dict) -> bool:
@@ -451,7 +445,7 @@ torch.set_num_threads(int(sys.argv[3]))
 from pathlib import Path
 import test_training
 preset = test_training.make_preset(Path(sys.argv[1]))
-tiny = test_training.tiny_components()
+tiny = test_training.tiny_minisd()
 kill = lambda step, metrics: os.kill(os.getpid(), signal.SIGKILL) if step == 7 else None
 test_training.quiet(preset, tiny, on_log=kill)
 """

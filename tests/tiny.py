@@ -1,4 +1,4 @@
-"""A U-Net of a few thousand random weights that several test files share."""
+"""Small models of random weights that several test files share."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -68,3 +68,17 @@ def tiny_components(unet):
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     parts = {"text_encoder": tiny_text_encoder(), "vae": vae, "unet": unet, "noise_scheduler": schedule}
     return Components(tokenizer=None, **parts, name="tiny", is_minisd=False)
+
+
+def tiny_minisd():
+    """All parts of a MiniSD with a few thousand random weights, frozen; the same weights each time."""
+    from diffusers import DDPMScheduler
+
+    from helpers.components import Components
+    from helpers.minisd.architecture import build_tiny
+
+    parts = build_tiny(seed=0)
+    scheduler = parts.pop("scheduler")
+    for part in ("text_encoder", "vae", "unet"):
+        parts[part].eval().requires_grad_(False)
+    return Components(**parts, noise_scheduler=DDPMScheduler.from_config(scheduler.config), name="tiny", is_minisd=True)
