@@ -61,6 +61,18 @@ def find_adapter(preset: Preset, adapter: str) -> Path:
     return run.adapter
 
 
+def origin_of(preset: Preset, other_base: bool) -> dict[str, str]:
+    """What an adapter's metadata must not contradict to be used with the preset's model; see `check_origin`.
+
+    other_base: another base model may be tried. Another prediction type may not: what the adapter has learned would be
+    read as what it is not. Raises ComponentsError when the base model is missing.
+    """
+    from .runs import weights_fingerprint
+
+    expect = {"prediction_type": preset.prediction_type}
+    return expect if other_base else expect | {"base_model_hash": weights_fingerprint(preset)}
+
+
 def show_adapter(given: argparse.Namespace) -> int:
     """`course adapter show`: layout, rank, alpha, targets, size, the norm of each block, provenance."""
     from .cards import inspect
@@ -88,13 +100,9 @@ def merge_adapters(given: argparse.Namespace) -> int:
     from .adapters import put_into
     from .components import as_pipeline, load_components
     from .provenance import atomic_path
-    from .runs import weights_fingerprint
 
     preset = get_preset(given.preset)
-    made_for = {"prediction_type": preset.prediction_type, "base_model_hash": weights_fingerprint(preset)}
-    if given.other_base:
-        del made_for["base_model_hash"]
-    adapter = weighted_sum(preset, given.adapters, made_for)
+    adapter = weighted_sum(preset, given.adapters, origin_of(preset, given.other_base))
     components = load_components(preset, "cpu")
     put_into(adapter, components.unet, components.text_encoder, " + ".join(given.adapters))
     for model in (components.unet, components.text_encoder):

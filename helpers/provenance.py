@@ -59,19 +59,23 @@ def _normalized(source: str) -> str:
     return _dump(ast.parse(source))
 
 
+def _module_file(module: ModuleType | str) -> Path:
+    """The file of a module, given itself or by its dotted name."""
+    if isinstance(module, ModuleType):
+        return Path(module.__file__)
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"there is no module {module!r} to hash")
+    return Path(spec.origin)
+
+
 def _python_files(target: ModuleType | Path | str) -> list[tuple[str, Path]]:
     """(name, file) pairs for a module, a dotted module name, a .py file, or a folder or package (all .py in it)."""
-    if isinstance(target, ModuleType):
-        path = Path(target.__file__)
-    elif isinstance(target, Path) or target.endswith(".py") or Path(target).is_dir():
-        path = Path(target)
+    if isinstance(target, Path) or (isinstance(target, str) and (target.endswith(".py") or Path(target).is_dir())):
+        path = Path(target)  # an __init__.py too is one file: whoever lists files may have left out others beside it
     else:
-        spec = importlib.util.find_spec(target)
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(f"there is no module {target!r} to hash")
-        path = Path(spec.origin)
-    if path.name == "__init__.py":
-        path = path.parent
+        path = _module_file(target)
+        path = path.parent if path.name == "__init__.py" else path
     if not path.exists():
         raise FileNotFoundError(f"there is no code at {path} to hash")
     if path.is_file():
@@ -82,9 +86,10 @@ def _python_files(target: ModuleType | Path | str) -> list[tuple[str, Path]]:
 def code_hash(*modules_or_paths: ModuleType | Path | str) -> str:
     """SHA-256 (hex) of what the given code does.
 
-    Takes modules, dotted module names, .py files, and folders or packages (every .py file below them). Neither the
-    order of the arguments nor comments, docstrings, layout or the Python version change the hash; every other edit
-    does. Raises FileNotFoundError when there is nothing to hash, SyntaxError for a file that is not Python.
+    Takes modules, dotted module names, .py files, and folders or packages (every .py file below them; but the path of
+    an `__init__.py` is that one file). Neither the order of the arguments nor comments, docstrings, layout or the
+    Python version change the hash; every other edit does.
+    Raises FileNotFoundError when there is nothing to hash, SyntaxError for a file that is not Python.
     """
     files = sorted({pair for target in modules_or_paths for pair in _python_files(target)})
     if not files:
@@ -97,6 +102,12 @@ def code_hash(*modules_or_paths: ModuleType | Path | str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- weights
+def file_hash(path: Path | str) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _tensor_digest(tensor: Any) -> str:
     """SHA-256 of one tensor: dtype, shape and bytes."""
     import torch

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from . import results
+from .figures import jpeg
 from .presets import MINISD, ROOT, Preset, get_preset
 from .provenance import atomic_path
 
@@ -83,7 +84,8 @@ def _write_sources(folder: Path, values: dict[str, Any], figures: dict[str, dict
     for source in (SOURCE, SOURCE.parent / BIBLIOGRAPHY):
         shutil.copyfile(source, folder / source.name)
     for key, figure in figures.items():
-        shutil.copyfile(figure["path"], folder / f"{key}.png")
+        with Image.open(figure["path"]) as picture:  # as PNG the pictures would make the PDF several times as large
+            (folder / f"{key}.jpg").write_bytes(jpeg(picture, quality=95, sharp_colours=True))
     shown = {key: {k: v for k, v in figure.items() if k != "path"} for key, figure in figures.items()}
     (folder / "data.json").write_text(json.dumps({"values": values, "figures": shown}), encoding="utf-8")
 

@@ -23,7 +23,7 @@ from .presets import ROOT, Preset, get_preset, runs_folder
 # What a measured number depends on: all of `helpers` except what only shows, starts or reports.
 _NOT_MEASURING = {
     *("adapter_commands.py", "cards.py", "checks.py", "cli.py", "figures.py", "notebooks.py", "report.py"),
-    *("results.py", "widgets.py"),
+    *("progress.py", "results.py", "tracking.py", "train_command.py", "widgets.py"),
 }
 
 

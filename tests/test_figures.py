@@ -151,6 +151,13 @@ def test_show_displays_jpeg_with_its_alt_text(output, monkeypatch):
     assert kwargs["metadata"] == {"image/jpeg": {"alt": "one plain red square"}}
 
 
+@pytest.mark.parametrize(("sharp", "pixels"), [(True, 1), (False, 2)])
+def test_jpeg_keeps_colour_at_every_pixel_when_asked(sharp, pixels):
+    data = figures.jpeg(picture(), quality=95, sharp_colours=sharp)
+    luma, *chroma = Image.open(io.BytesIO(data)).layer
+    assert luma[1:3] == (pixels, pixels) and all(layer[1:3] == (1, 1) for layer in chroma)
+
+
 def test_new_figures_do_not_belong_to_pyplot():
     from matplotlib import pyplot
 

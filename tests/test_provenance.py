@@ -82,6 +82,8 @@ def test_code_hash_takes_modules_names_files_and_folders(tmp_path):
     assert code_hash(package, provenance) == code_hash(provenance, package) != before
     (package / "two.py").write_text("x = 1\n")
     assert code_hash(package) != before
+    only = code_hash(package / "__init__.py")
+    assert only == code_hash(str(package / "__init__.py")) != code_hash(package), "a path is one file"
     (package / "two.py").rename(package / "three.py")
     (package / "one.py").write_text("x = 2\n")
     assert code_hash(package) != before

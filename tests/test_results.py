@@ -1,6 +1,7 @@
 """results.json: what is recorded comes back with its provenance, and comparing finds what differs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,35 @@ def test_provenance_follows_the_code(results, monkeypatch):
     assert results.entry("a")["provenance"] != results.entry("b")["provenance"]
     results.record("a", 1)
     assert len(results.data["provenance"]) == 1, "a note that no value refers to must go"
+
+
+@pytest.fixture
+def own_helpers(tmp_path, monkeypatch):
+    """A copy of helpers' code, which the hash is made of instead."""
+    source = module.ROOT / "helpers"
+    for file in source.rglob("*.py"):
+        copy = tmp_path / "helpers" / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path / "helpers"
+
+
+def test_only_what_measures_is_in_the_code_hash(own_helpers):
+    """`measuring_code_hash` without its cache, after edits of one file each."""
+    hash_now = module.measuring_code_hash.__wrapped__
+    unedited = hash_now()
+
+    def changes_with(name):
+        before = (own_helpers / name).read_text()
+        (own_helpers / name).write_text(f"{before}\nx = 1\n")
+        changed = hash_now() != unedited
+        (own_helpers / name).write_text(before)
+        return changed
+
+    assert not any(changes_with(name) for name in module._NOT_MEASURING)
+    for name in ("steps.py", "world/drawing.py", "minisd/architecture.py", "__init__.py", "world/__init__.py"):
+        assert changes_with(name), name
 
 
 @pytest.mark.parametrize(
