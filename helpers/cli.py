@@ -7,18 +7,17 @@ with COURSE_DEBUG=1 it ends in a traceback instead.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter_commands import add_commands, find_adapter
-from .presets import PRESETS, ROOT, Datasets, DatasetSpec, Preset, TrainConfig, get_preset, runs_folder
+from .adapter_commands import add_commands, find_adapter, origin_of
+from .presets import PRESETS, ROOT, Preset, get_preset, runs_folder
+from .train_command import add_options, parse_settings, train_adapter
 
 DEFAULT = "mini"
 
@@ -72,15 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("check", check_course, "lint, unit tests, strict notebook tests and measured numbers", preset=False)
 
-    train = add("train", train_adapter, "train one adapter, or find the finished run")
-    train.add_argument("--dataset", help="a dataset of the preset, or a name for the pictures of --data")
-    train.add_argument("--data", metavar="FOLDER", help="pictures with metadata.csv, metadata.jsonl or .txt captions")
-    train.add_argument("--held-out", type=int, default=0, metavar="N", help="of --data, keep the last N for measuring")
-    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as steps=200 or rank=4")
-    train.add_argument("--from-scratch", action="store_true", help="do not take the repository's finished run")
-    train.add_argument("--force", action="store_true", help="throw an existing run away and train again")
-    train.add_argument("--tracker", choices=["wandb"], help="log to Weights & Biases too (offline unless you sign in)")
-    train.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    add_options(add("train", train_adapter, "train one adapter, or find the finished run"))
 
     sample = add("sample", sample_pictures, "draw pictures from prompts")
     sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
@@ -107,40 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     again = add("notebooks", refresh_notebooks, "execute the committed notebooks in place and clean them", preset=False)
     again.add_argument("--only", metavar="01,02", help="only these notebooks")
     return parser
-
-
-# ------------------------------------------------------------------------------------------------------- values
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """{"steps": 200} from ["steps=200"]: Python's numbers, True, None and tuples, anything else a string."""
-    settings = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise ValueError(f"--set takes NAME=VALUE, not {pair!r}")
-        try:
-            settings[name.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            settings[name.strip()] = text.strip()
-    return settings
-
-
-def preset_with(name: str, settings: dict[str, Any]) -> Preset:
-    """The preset with settings replaced. Raises ValueError for an unknown one, and for one of the wrong kind."""
-    preset = get_preset(name)
-    known = {f.name: getattr(preset.train, f.name) for f in fields(TrainConfig)}
-    known |= {f.name: getattr(preset, f.name) for f in fields(Preset)}
-    for key, value in settings.items():
-        default = known.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, bool):
-            raise ValueError(f"{key} is True or False, not {value!r}")
-        if isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):
-            raise ValueError(f"{key} is a whole number, not {value!r}")
-        if isinstance(default, float) and not is_number:
-            raise ValueError(f"{key} is a number, not {value!r}")
-        if isinstance(default, tuple) and not isinstance(value, tuple):
-            raise ValueError(f"{key} is a tuple such as {default!r}, not {value!r}")
-    return get_preset(name, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------- course
@@ -317,42 +274,7 @@ def notebook_of(stem: str) -> Path:
     raise notebooks.CourseError(f"no notebook draws a figure {int(stem[3:])}")
 
 
-# --------------------------------------------------------------------------------------------- train and sample
-def train_adapter(given: argparse.Namespace) -> int:
-    """`course train`: one adapter of a preset's dataset, or of a folder of captioned pictures."""
-    from .notebooks import CourseError, short
-
-    preset = preset_with(given.preset, parse_settings(given.set))
-    if given.data:
-        preset, name = with_folder(preset, given.dataset, Path(given.data), given.held_out)
-    elif given.dataset is None:
-        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or a folder: --data FOLDER")
-    else:
-        name = preset.datasets[given.dataset].name
-    from .training import train
-
-    run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
-    print(f"{run.source}: {short(run.dir)}/")
-    print(f"adapter: {short(run.adapter)}")
-    return 0
-
-
-def with_folder(preset: Preset, name: str | None, folder: Path, held_out: int) -> tuple[Preset, str]:
-    """The preset with one more dataset, a folder's pictures; its validation prompts are the first four captions."""
-    from .data import DataError, load_pictures
-
-    name = name or re.sub(r"\W+", "_", folder.resolve().name)
-    if name in preset.datasets.names:
-        raise DataError(f"preset {preset.name!r} has a dataset {name!r} already: give this one another --dataset name")
-    everything = DatasetSpec(name, f"folder:{folder.resolve()}", train_rows=sys.maxsize, held_out_rows=0)
-    captions = load_pictures(everything, "train", preset.resolution)["text"]
-    if not 0 <= held_out < len(captions):
-        raise DataError(f"{folder} has {len(captions)} pictures; --held-out {held_out} would leave none to train on")
-    spec = replace(everything, train_rows=len(captions) - held_out, held_out_rows=held_out)
-    prompts = preset.validation_prompts | {name: tuple(dict.fromkeys(captions))[:4]}
-    return replace(preset, datasets=Datasets((*preset.datasets, spec)), validation_prompts=prompts), name
-
-
+# ------------------------------------------------------------------------------------------------------- sample
 def sample_pictures(given: argparse.Namespace) -> int:
     """`course sample`: one picture for each prompt and seed, in one PNG with a row a prompt."""
     from .notebooks import CourseError, short
@@ -382,15 +304,11 @@ def draw(preset: Preset, given: argparse.Namespace, adapter: Path | None) -> lis
     from . import lora
     from .adapters import load_adapter
     from .components import load_components
-    from .runs import weights_fingerprint
     from .sampling import generate
 
     components = load_components(preset, given.device)
     if adapter is not None:
-        made_for = {"prediction_type": preset.prediction_type, "base_model_hash": weights_fingerprint(preset)}
-        if given.other_base:
-            del made_for["base_model_hash"]
-        load_adapter(adapter, components.unet, components.text_encoder, made_for)
+        load_adapter(adapter, components.unet, components.text_encoder, origin_of(preset, given.other_base))
     prompts = [prompt for prompt in given.prompt for _ in range(given.count)]
     seeds = [given.seed + number for _ in given.prompt for number in range(given.count)]
     settings = {

@@ -203,7 +203,13 @@ def encode_prompts(components: Components, prompts: list[str]) -> Tensor:
     """Text embeddings [B, L, D] (`encoder_hidden_states`) of B prompts, L tokens each. "" is the unconditional one."""
     if not prompts:
         raise ValueError("there are no prompts to encode")
-    chunks = tokenize(components, list(prompts)).to(components.device).split(CHUNK)
+    return encode_tokens(components, tokenize(components, list(prompts)))
+
+
+@torch.no_grad()
+def encode_tokens(components: Components, input_ids: Tensor) -> Tensor:
+    """Text embeddings [B, L, D] of token ids int64 [B, L]."""
+    chunks = input_ids.to(components.device).split(CHUNK)
     return torch.cat([components.text_encoder(chunk)[0] for chunk in chunks])
 
 

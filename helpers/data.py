@@ -1,29 +1,20 @@
-"""Captioned picture datasets, and what training needs of them: latents and text embeddings, computed once.
+"""Captioned picture datasets: where their rows come from, and pictures of any kind as tensors.
 
-A dataset has the columns "image" and "text", wherever it comes from: the drawn world, the Hugging Face hub or a folder.
+A dataset has the columns "image" and "text", wherever it comes from: the drawn world, the Hugging Face hub or the disk.
 """
 
 from __future__ import annotations
-
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageColumn
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .components import Components, encode_prompts, to_latents
-from .folders import DataError, from_folder, missing_column
+from .components import Components
+from .folders import DataError, as_caption, from_folder, from_parquet, missing_column, no_size_warning, unreadable
 from .presets import DatasetSpec
-from .provenance import atomic_path, tensor_hash
-
-CHUNK = 16  # pictures that are in memory as tensors at once
 
 
 def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 64) -> Dataset:
@@ -31,22 +22,22 @@ def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 64) -> Da
 
     split: "train" (the first `spec.train_rows` rows) or "held_out" (the `spec.held_out_rows` after them, if there are).
     size: pixels on a side, for drawn pictures; others keep theirs until `to_tensor`.
-    Raises DataError when there is no such dataset, column or caption, or a picture cannot be read.
+    A caption that is missing or blank becomes "", which `describe_captions` counts.
+    Raises DataError when there is no such dataset or column, when a caption is not text or all of them are empty, and
+    for a file that is no picture. Damage further inside a picture shows in `read_picture`.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"unknown split {split!r}; known: train, held_out")
     kind, _, place = spec.source.partition(":")
     if kind == "drawn":
         return drawn_rows(place, split, size, spec.train_rows if split == "train" else spec.held_out_rows)
-    if kind == "hub":
-        dataset = with_standard_columns(from_hub(place, spec), spec)
-    elif kind == "folder":
-        dataset = from_folder(place, spec)
-    else:
-        raise DataError(f"unknown source {spec.source!r}; it begins with drawn:, hub: or folder:")
-    rows = split_rows(spec, split, len(dataset))
-    dataset = dataset.select(list(rows))
-    check_captions(dataset["text"], spec.name)
+    readers = {"hub": from_hub, "folder": from_folder, "parquet": from_parquet}
+    if kind not in readers:
+        raise DataError(f"unknown source {spec.source!r}; it begins with drawn:, hub:, folder: or parquet:")
+    dataset = with_standard_columns(readers[kind](place, spec), spec)
+    dataset = dataset.select(list(split_rows(spec, split, len(dataset))))
+    if split == "train" and len(dataset) and not any(dataset["text"]):
+        raise DataError(f"all captions of {spec.name} are empty (column {spec.text_column!r}): no words to learn")
     return dataset
 
 
@@ -76,32 +67,67 @@ def from_hub(repository: str, spec: DatasetSpec) -> Dataset:
 
 
 def with_standard_columns(dataset: Dataset, spec: DatasetSpec) -> Dataset:
-    """Only the picture and caption columns, named "image" and "text"."""
-    for column in (spec.image_column, spec.text_column):
+    """Only the picture and caption columns, named "image" and "text"; a caption that is missing or blank is ""."""
+    picture, text = spec.image_column, spec.text_column
+    for column in (picture, text):
         if column not in dataset.column_names:
             raise missing_column(column, dataset.column_names, spec.name)
-    dataset = dataset.select_columns([spec.image_column, spec.text_column])
-    names = {spec.image_column: "image", spec.text_column: "text"}
+    if picture == text:
+        raise DataError(f"the column {text!r} of {spec.name} cannot hold both the pictures and the captions")
+    dataset = dataset.select_columns([picture, text])
+    found = dataset.with_format("arrow").select_columns([text])[:][text].to_pylist()  # as they are stored
+    captions = [as_caption(value, row, text, spec.name) for row, value in enumerate(found)]
+    if captions != found:
+        dataset = dataset.remove_columns(text).add_column(text, captions)
+    names = {picture: "image", text: "text"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
-    return dataset.cast_column("image", ImageColumn())
+    try:
+        return dataset.cast_column("image", ImageColumn())
+    except Exception as error:  # Arrow has many kinds for what cannot be made a picture
+        raise DataError(f"the column {picture!r} of {spec.name} does not hold pictures ({error})") from error
 
 
-def check_captions(captions, name: str) -> None:
-    for row, caption in enumerate(captions):
-        if not isinstance(caption, str) or not caption.strip():
-            raise DataError(f"row {row} of {name} has no caption")
+def describe_captions(components: Components, captions: list[str]) -> dict[str, int]:
+    """Of N captions: how many pictures they are for (N), are different, are empty, and are longer than is read.
+
+    The text encoder reads a fixed number of tokens, start and end included; `tokenize` cuts what is longer.
+    """
+    different = list(dict.fromkeys(captions))
+    token_ids = components.tokenizer(different, verbose=False).input_ids if different else []
+    length = components.text_encoder.config.max_position_embeddings
+    is_long = {caption: len(ids) > length for caption, ids in zip(different, token_ids, strict=True)}
+    return {
+        "pictures": len(captions),
+        "different_captions": len(different),
+        "empty_captions": sum(not caption.strip() for caption in captions),
+        "cut_captions": sum(is_long[caption] for caption in captions),
+    }
+
+
+def caption_sentence(counts: dict[str, int]) -> str:
+    """What `describe_captions` found, in words."""
+    pictures, different = counts["pictures"], counts["different_captions"]
+    empty, cut = counts["empty_captions"], counts["cut_captions"]
+    sentence = f"{pictures} picture{'s' * (pictures != 1)}, {different} different caption{'s' * (different != 1)}"
+    if empty:
+        sentence += "; 1 is empty (it trains" if empty == 1 else f"; {empty} are empty (they train"
+        sentence += " the picture without words)"
+    if cut:
+        verb = "is" if cut == 1 else "are"
+        sentence += f"; {cut} {verb} longer than the text encoder reads and {verb} cut"
+    return sentence
 
 
 def to_tensor(picture: Image.Image, size: int) -> Tensor:
     """A picture of any mode as float32 [3, size, size] in -1..1.
 
     Turned as its EXIF tag says, laid on white where it is transparent, scaled until it covers the square, and cropped
-    to the centre. Raises DataError for a picture that cannot be decoded or converted.
+    to the centre. Of an animated picture it is the first frame. Raises DataError for a picture that cannot be decoded.
     """
     try:
         picture = to_rgb(ImageOps.exif_transpose(picture))
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the picture {getattr(picture, 'filename', '')}: {error}") from error
+        raise unreadable(getattr(picture, "filename", ""), error) from error
     picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     # 0..255 to -1..1
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
@@ -128,81 +154,14 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
-@dataclass
-class LatentCache:
-    """A dataset as the U-Net sees it, on the CPU. Row n's caption is `captions[caption_index[n]]`."""
-
-    mean: Tensor  # float32 [N, C, h, w], of the VAE's posterior, times the scaling factor
-    std: Tensor  # float32 [N, C, h, w], likewise
-    caption_embeddings: Tensor  # [M, L, D], of M different captions
-    caption_index: Tensor  # int64 [N]
-    empty_embedding: Tensor  # [1, L, D], of the empty caption
-    captions: list[str] = field(default_factory=list)  # M
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-
-def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str, key: str) -> LatentCache:
-    """Latents and text embeddings of a dataset, read from `cache_dir` when they are there for `key`, else computed.
-
-    key: a hash of everything the cache depends on (data, weights, code). A file with another key or content than it
-    was written with is replaced. Raises DataError when the dataset is empty or a picture cannot be read.
-    """
-    if len(dataset) == 0:
-        raise DataError("the dataset has no rows")
-    path = Path(cache_dir) / f"latents-{key[:16]}.safetensors"
-    cache = read_cache(path, key)
-    if cache is None or len(cache) != len(dataset):
-        cache = compute_cache(components, dataset)
-        write_cache(path, key, cache)
-    return cache
-
-
-def compute_cache(components: Components, dataset: Dataset) -> LatentCache:
-    means, stds = [], []
-    for start in range(0, len(dataset), CHUNK):
-        rows = range(start, min(start + CHUNK, len(dataset)))
-        pictures = torch.stack([to_tensor(read_picture(dataset, row), components.resolution) for row in rows])
-        mean, std = to_latents(components, pictures)
-        means.append(mean.cpu())
-        stds.append(std.cpu())
-    texts = list(dataset["text"])
-    captions = list(dict.fromkeys(texts))
-    position = {caption: i for i, caption in enumerate(captions)}
-    return LatentCache(
-        mean=torch.cat(means),
-        std=torch.cat(stds),
-        caption_embeddings=encode_prompts(components, captions).cpu(),
-        caption_index=torch.tensor([position[text] for text in texts]),
-        empty_embedding=encode_prompts(components, [""]).cpu(),
-        captions=captions,
-    )
-
-
 def read_picture(dataset: Dataset, row: int) -> Image.Image:
+    """The picture of a row, decoded to its last pixel. Raises DataError with its file and row when that fails."""
     try:
-        return dataset[row]["image"]
+        with no_size_warning():
+            picture = dataset[row]["image"]
     except Exception as error:  # Pillow raises many kinds for damaged files
         stored = dataset.cast_column("image", ImageColumn(decode=False))[row]["image"]
-        raise DataError(f"cannot read the picture {stored['path'] or ''} of row {row}: {error}") from error
-
-
-def write_cache(path: Path, key: str, cache: LatentCache) -> None:
-    tensors = {name: value.contiguous() for name, value in vars(cache).items() if isinstance(value, Tensor)}
-    header = {"key": key, "content": tensor_hash(tensors), "captions": json.dumps(cache.captions)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-
-
-def read_cache(path: Path, key: str) -> LatentCache | None:
-    """The cache in a file, or None when there is none, it is damaged, or it was written for another key."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        if header["key"] != key or header["content"] != tensor_hash(tensors):
-            return None
-        return LatentCache(**tensors, captions=json.loads(header["captions"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return None
+        raise unreadable(f"{stored['path'] or ''} of row {row}".lstrip(), error) from error
+    if picture is None:
+        raise DataError(f"there is no picture in row {row}")
+    return picture

@@ -10,6 +10,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 from helpers import checks, cli, notebooks
+from helpers import train_command as command
 from helpers.presets import get_preset
 
 FIRST = 'PRESET = "mini"\nFROM_SCRATCH = False'
@@ -159,19 +160,41 @@ def test_durations_change_only_when_they_differ_much(course):
         (["train", "--dataset", "doodles", "--set", "steps=many"], "steps is a whole number"),
         (["train", "--dataset", "doodles", "--set", "stepz=1"], "unknown setting 'stepz'"),
         (["train", "--data", "no/such/folder"], "no folder"),
+        (["train", "--data", "./lost"], "there is no folder or .parquet file lost"),
+        (["train", "--data", "lost/x.parquet"], "there is no folder or .parquet file lost/x.parquet"),
+        (["train", "--data", "notebooks/01_first.ipynb"], "neither a folder nor a .parquet file"),
+        (["train", "--data", "notebooks", "--revision", "main"], "--revision is for datasets of the Hugging Face hub"),
+        (["train", "--data", "notebooks", "--dataset", "a/b"], "it names a folder"),
+        (["train", "--dataset", "doodles", "--text-column", "x"], "--text-column goes with --data"),
+        (["train", "--dataset", "doodles", "--held-out", "3"], "--held-out goes with --data"),
+        (["train", "--dataset", "doodles", "--rank", "4", "--set", "rank=4"], "rank is given twice: by --rank and by"),
+        (["train", "--dataset", "doodles", "--batch-size", "0"], "batch_size must be at least 1"),
         (["sample", "--prompt", "x", "--count", "0"], "at least 1"),
         (["report"], "no results.json"),
         (["report", "--preset", "nope"], "unknown preset"),
     ],
 )
-def test_mistakes_end_in_one_sentence(course, capsys, arguments, words):
+def test_mistakes_end_in_one_sentence(course, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(course)
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
     [line] = captured.err.strip().splitlines()
     assert line.startswith("course: ") and words in line
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"], ["run", "--nope"], ["figure", "six"], ["sample"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nope"],
+        ["run", "--nope"],
+        ["figure", "six"],
+        ["sample"],
+        ["train", "--rank", "many"],
+        ["train", "--steps", "1.5"],
+        ["train", "--tracker", "paper"],
+    ],
+)
 def test_a_mistyped_command_line_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -219,7 +242,8 @@ def test_an_interrupt_is_no_traceback(course, monkeypatch, capsys):
 
 
 def test_settings_are_parsed():
-    parsed = cli.parse_settings(["steps=200", "learning_rate=1e-4", "targets=('to_q',)", "use_rslora=True", "x=a b"])
+    pairs = ["steps=200", "learning_rate=1e-4", "targets=('to_q',)", "use_rslora=True", "x=a b"]
+    parsed = command.parse_settings(pairs)
     assert parsed == {
         "steps": 200,
         "learning_rate": 1e-4,
@@ -227,27 +251,151 @@ def test_settings_are_parsed():
         "use_rslora": True,
         "x": "a b",
     }
-    assert cli.preset_with("mini", {"steps": 7}).train.steps == 7
+    assert command.preset_with("mini", {"steps": 7}).train.steps == 7
 
 
 @pytest.mark.parametrize("setting", [{"steps": 1.5}, {"alpha": "x"}, {"use_rslora": 1}, {"targets": "to_q"}])
 def test_settings_of_the_wrong_kind_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
-        cli.preset_with("mini", setting)
+        command.preset_with("mini", setting)
 
 
-def test_a_folder_becomes_a_dataset(tmp_path):
+# -------------------------------------------------------------------------------------------------------- train
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three captioned pictures."""
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
     for number in range(3):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
-    preset, name = cli.with_folder(get_preset("mini"), "mine", tmp_path, held_out=1)
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """What `course train` passes to `train`, which does nothing but say that it is done."""
+    from helpers import runs, training
+
+    calls = []
+
+    def train(preset, name, from_scratch, force, tracker, device):
+        calls.append({"preset": preset, "spec": preset.datasets[name], "config": preset.train, "tracker": tracker})
+        return runs.Run(tmp_path / "run", preset.name, name, "key", trained.source)
+
+    def trained(*arguments):
+        assert cli.main(["train", *map(str, arguments)]) == 0
+        return calls[-1]
+
+    trained.source = "trained now"
+    monkeypatch.setattr(training, "train", train)
+    return trained
+
+
+def spec_of(*arguments):
+    return command.source_of(cli._parser().parse_args(["train", *map(str, arguments)]))
+
+
+def test_own_pictures_become_a_dataset(pictures):
+    preset, name = command.with_own_pictures(get_preset("mini"), spec_of("--data", pictures, "--dataset", "mine"), 1)
     spec = preset.datasets["mine"]
     assert (name, spec.train_rows, spec.held_out_rows) == ("mine", 2, 1)
     assert preset.validation_prompts["mine"] == ("picture 0", "picture 1", "picture 2")
     with pytest.raises(ValueError, match="none to train on"):
-        cli.with_folder(get_preset("mini"), "mine", tmp_path, held_out=3)
+        command.with_own_pictures(get_preset("mini"), spec_of("--data", pictures), 3)
     with pytest.raises(ValueError, match="doodles"):
-        cli.with_folder(get_preset("mini"), "doodles", tmp_path, held_out=0)
+        command.with_own_pictures(get_preset("mini"), spec_of("--data", pictures, "--dataset", "doodles"), 0)
+
+
+def test_validation_prompts_are_four_different_captions(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    rows = "".join(f"x.png,{caption}\n" for caption in ["", "a", "b", "a", "", "c", "d", "e"])
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    spec = spec_of("--data", tmp_path, "--dataset", "mine")
+    preset, name = command.with_own_pictures(get_preset("mini"), spec, 0)
+    assert preset.validation_prompts[name] == ("a", "b", "c", "d")
+
+
+def test_train_takes_a_folder(trained, pictures, capsys):
+    spec = trained("--data", pictures, "--held-out", 1)["spec"]
+    assert (spec.name, spec.source) == ("my_pictures", f"folder:{pictures}")
+    assert (spec.train_rows, spec.held_out_rows, spec.image_column, spec.text_column) == (2, 1, "image", "text")
+    assert capsys.readouterr().out.startswith("trained now: ")
+
+
+@pytest.mark.parametrize("option", ["--text-column", "--caption-column"])
+def test_train_takes_a_parquet_file(trained, tmp_path, monkeypatch, option):
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    rows = {"photo": [Image.new("RGB", (8, 8))] * 2, "words": ["a", "b"]}
+    Dataset.from_dict(rows).cast_column("photo", ImageColumn()).to_parquet(tmp_path / "few.parquet")
+    call = trained("--data", tmp_path / "few.parquet", "--image-column", "photo", option, "words")
+    spec = call["spec"]
+    assert (spec.name, spec.source, spec.train_rows) == ("few", f"parquet:{tmp_path}/few.parquet", 2)
+    assert (spec.image_column, spec.text_column) == ("photo", "words")
+    assert call["preset"].validation_prompts["few"] == ("a", "b")
+
+
+def test_train_takes_a_hub_dataset(trained, monkeypatch, tmp_path, capsys):
+    from datasets import Dataset
+
+    from helpers import data
+
+    asked = []
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    rows = Dataset.from_dict({"image": [str(tmp_path / "x.png")] * 5, "text": list("abcde")})
+    monkeypatch.setattr(data, "load_dataset", lambda name, split, revision: asked.append((name, revision)) or rows)
+    spec = trained("--data", "some-one/pokemon.blip", "--revision", "abc", "--held-out", "2")["spec"]
+    assert asked == [("some-one/pokemon.blip", "abc")]
+    assert (spec.name, spec.source, spec.revision) == ("pokemon_blip", "hub:some-one/pokemon.blip", "abc")
+    assert (spec.train_rows, spec.held_out_rows) == (3, 2)
+    assert "some-one/pokemon.blip of the Hugging Face hub" in capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some-one" / "pokemon.blip").mkdir(parents=True)
+    assert spec_of("--data", "some-one/pokemon.blip").source.startswith("folder:"), "what is here comes first"
+
+
+def test_settings_have_options_of_their_own(trained):
+    given = ["--steps", 7, "--batch-size", 2, "--learning-rate", "1e-4", "--seed", 3, "--set", "use_rslora=True"]
+    config = trained("--dataset", "doodles", *given)["config"]
+    assert (config.steps, config.batch_size, config.learning_rate, config.seed) == (7, 2, 1e-4, 3)
+    assert config.use_rslora
+    assert (config.rank, config.alpha) == (get_preset("mini").train.rank, get_preset("mini").train.alpha)
+
+
+@pytest.mark.parametrize(
+    ("given", "alpha"),
+    [([], 8.0), (["--alpha", 4], 4.0), (["--set", "alpha=4.0"], 4.0), (["--alpha", 16], 16.0)],
+)
+def test_a_rank_alone_brings_its_alpha(trained, given, alpha):
+    config = trained("--dataset", "doodles", "--rank", 8, *given)["config"]
+    assert (config.rank, config.alpha) == (8, alpha)
+
+
+def test_an_option_equals_the_setting_of_that_name(trained):
+    """Equal settings, and so equal keys: one run."""
+    options = trained("--dataset", "doodles", "--rank", 8, "--steps", 5)["config"]
+    settings = [part for pair in ("rank=8", "alpha=8.0", "steps=5") for part in ("--set", pair)]
+    assert repr(options) == repr(trained("--dataset", "doodles", *settings)["config"])
+
+
+def test_trackers_may_be_repeated(trained):
+    assert trained("--dataset", "doodles")["tracker"] is None
+    given = ["--tracker", "wandb", "--tracker", "tensorboard"]
+    assert trained("--dataset", "doodles", *given)["tracker"] == ["wandb", "tensorboard"]
+
+
+@pytest.mark.parametrize(("source", "exported"), [("trained now", 1), ("found in runs", 1), ("reference", 0)])
+def test_a_run_is_exported_as_the_reference(trained, monkeypatch, tmp_path, capsys, source, exported):
+    from helpers import runs
+
+    monkeypatch.setattr(runs, "export_reference", lambda run: tmp_path / "kept" / run.dataset)
+    trained.source = source
+    trained("--dataset", "doodles", "--export-reference")
+    assert capsys.readouterr().out.count(f"reference: {tmp_path}/kept/doodles/") == exported
 
 
 def test_differences_of_a_figure_are_said(tmp_path):

@@ -1,10 +1,17 @@
-"""Datasets from folders and the drawn world, pictures of every mode, and the cache of latents."""
+"""Datasets from folders and the drawn world, and pictures of every mode."""
 
 import csv
+import io
 import json
+import logging
+import struct
+import warnings
+import zlib
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -12,11 +19,10 @@ from datasets import Image as ImageColumn
 from PIL import Image
 
 from helpers import data
-from helpers.components import encode_prompts, to_latents
-from helpers.data import DataError, build_cache, load_pictures, to_tensor
+from helpers.data import DataError, caption_sentence, describe_captions, load_pictures, read_picture, to_tensor
 from helpers.presets import DatasetSpec
 
-RED, BLUE = (255, 0, 0), (0, 0, 255)
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def spec_of(folder, **settings):
@@ -82,7 +88,7 @@ def test_splits_do_not_overlap(folder):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="there is no folder .*nowhere"):
+    with pytest.raises(DataError, match="there is no folder or file .*nowhere"):
         load_pictures(spec_of(tmp_path / "nowhere"))
 
 
@@ -103,10 +109,84 @@ def test_missing_column_names_those_that_exist(folder):
         load_pictures(spec_of(folder, text_column="caption"))
 
 
-def test_row_without_caption(folder):
+def test_the_column_of_pictures_can_be_named(folder):
+    write_csv(folder, [{"photo": "2.png", "file_name": "0.png", "text": "a"}])
+    assert load_pictures(spec_of(folder))[0]["image"].getpixel((0, 0)) == (0, 0, 0)
+    assert load_pictures(spec_of(folder, image_column="photo"))[0]["image"].getpixel((0, 0)) == (80, 0, 0)
+    with pytest.raises(DataError, match=r"metadata\.csv has no column 'pic'; its columns are: photo, file_name, text"):
+        load_pictures(spec_of(folder, image_column="pic"))
+
+
+def test_a_missing_or_blank_caption_is_the_empty_one(folder):
     write_csv(folder, [{"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": " "}])
-    with pytest.raises(DataError, match="row 1 of mine has no caption"):
+    assert load_pictures(spec_of(folder))["text"][:] == ["a", ""]
+    (folder / "metadata.csv").unlink()
+    rows = [{"file_name": "0.png", "text": None}, {"file_name": "1.png"}, {"file_name": "2.png", "text": " b "}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"file_name": "0.png", "text": NaN}')
+    assert load_pictures(spec_of(folder))["text"][:] == ["", "", " b ", ""]
+
+
+def test_an_empty_text_file_is_an_empty_caption(tmp_path):
+    pictures = save_pictures(tmp_path / "p", 2)
+    (pictures / "0.txt").write_text("\n")
+    (pictures / "1.txt").write_text("a cat")
+    assert load_pictures(spec_of(pictures))["text"][:] == ["", "a cat"]
+    (pictures / "1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"cannot read .*1\.txt: it is not text in UTF-8"):
+        load_pictures(spec_of(pictures))
+
+
+def test_captions_that_are_all_empty_are_refused(folder):
+    write_csv(folder, [{"file_name": f"{i}.png", "words": text} for i, text in enumerate(["", " ", "a cat"])])
+    spec = spec_of(folder, text_column="words")
+    assert load_pictures(spec)["text"][:] == ["", "", "a cat"]
+    with pytest.raises(DataError, match="all captions of mine are empty .column 'words'."):
+        load_pictures(replace(spec, train_rows=2))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(3, "int"), (["a"], "list"), (1.5, "float")])
+def test_a_caption_that_is_not_text_is_refused(folder, value, kind):
+    (folder / "metadata.csv").unlink()
+    rows = [{"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": value}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = rf"row 1 of metadata\.jsonl has no text in the column 'text' but a value of type {kind}"
+    with pytest.raises(DataError, match=expected):
         load_pictures(spec_of(folder))
+
+
+def test_a_comma_in_a_caption_needs_quotes(folder):
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a cat\n1.png,a cat, black\n")
+    with pytest.raises(DataError, match=r"row 1 of metadata\.csv has too many cells"):
+        load_pictures(spec_of(folder))
+    (folder / "metadata.csv").write_text('file_name,text\n1.png,"a cat, black"\n')
+    assert load_pictures(spec_of(folder))["text"][:] == ["a cat, black"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../outside.png", r"row 1 of metadata\.jsonl names \.\./outside\.png, which is outside of"),
+        (None, r"row 1 of metadata\.jsonl names no picture"),
+        (7, r"row 1 of metadata\.jsonl names no picture"),
+        ("inner", "inner is a folder, not a picture"),
+    ],
+)
+def test_metadata_naming_what_is_no_picture_of_the_folder(folder, name, words):
+    (folder / "metadata.csv").unlink()
+    (folder / "inner").mkdir()
+    Image.new("RGB", (8, 8)).save(folder.parent / "outside.png")
+    rows = [{"file_name": "0.png", "text": "a"}, {"file_name": name, "text": "b"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=words):
+        load_pictures(spec_of(folder))
+
+
+def test_hidden_files_do_not_count(tmp_path):
+    pictures = save_pictures(tmp_path / "p", 1)
+    (pictures / "0.txt").write_text("a cat")
+    (pictures / "._0.png").write_bytes(b"what a Mac leaves on a memory stick")
+    save_pictures(pictures / ".ipynb_checkpoints")
+    assert load_pictures(spec_of(pictures))["text"][:] == ["a cat"]
 
 
 def test_metadata_naming_an_absent_picture(folder):
@@ -136,8 +216,124 @@ def test_unreadable_picture_is_named_at_loading(folder):
 
 
 def test_unknown_source():
-    with pytest.raises(DataError, match="unknown source 'ftp:x'; it begins with drawn:, hub: or folder:"):
+    with pytest.raises(DataError, match="unknown source 'ftp:x'; it begins with drawn:, hub:, folder: or parquet:"):
         load_pictures(DatasetSpec("x", "ftp:x"))
+
+
+# Parquet files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def encoded(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_parquet(path, pictures, captions, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": pictures, "text": captions, **columns}), path)
+
+
+def first_colours(dataset):
+    return [read_picture(dataset, row).getpixel((0, 0)) for row in range(len(dataset))]
+
+
+def test_parquet_file_as_the_datasets_library_writes_it(runs, tmp_path):
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    columns = {"pic": pictures, "blip": ["red", "blue"], "n": [1, 2]}
+    Dataset.from_dict(columns).cast_column("pic", ImageColumn()).to_parquet(tmp_path / "mine.parquet")
+    spec = DatasetSpec("mine", f"parquet:{tmp_path}/mine.parquet", image_column="pic", text_column="blip")
+    dataset = load_pictures(spec)
+    assert (dataset.column_names, dataset["text"][:]) == (["image", "text"], ["red", "blue"])
+    assert first_colours(dataset) == [RED, BLUE]
+    assert load_pictures(replace(spec, train_rows=1, held_out_rows=9), "held_out")["text"][:] == ["blue"]
+    for column in ("image_column", "text_column"):
+        with pytest.raises(DataError, match=r"mine\.parquet has no column 'x'; its columns are: pic, blip, n"):
+            load_pictures(replace(spec, **{column: "x"}))
+    with pytest.raises(DataError, match="row 0 of mine has no text in the column 'n' but a value of type int"):
+        load_pictures(replace(spec, text_column="n"))
+    with pytest.raises(DataError, match="row 0 of mine has no text in the column 'pic' but a value of type dict"):
+        load_pictures(replace(spec, image_column="blip", text_column="pic"))
+    with pytest.raises(DataError, match="the column 'blip' of mine cannot hold both the pictures and the captions"):
+        load_pictures(replace(spec, image_column="blip"))
+    with pytest.raises(DataError, match="the column 'n' of mine does not hold pictures"):
+        load_pictures(replace(spec, image_column="n"))
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_folder_of_parquet_files(runs, tmp_path, as_struct):
+    def cells(*colours):
+        return [{"bytes": encoded(c), "path": None} if as_struct else encoded(c) for c in colours]
+
+    write_parquet(tmp_path / "d/data/train-1.parquet", cells(BLUE), ["blue"])
+    write_parquet(tmp_path / "d/data/train-0.parquet", cells(RED, RED), ["red", None])
+    write_parquet(tmp_path / "d/data/test-0.parquet", cells(BLUE), ["not for training"])
+    dataset = load_pictures(spec_of(tmp_path / "d"))
+    assert (dataset["text"][:], first_colours(dataset)) == (["red", "", "blue"], [RED, RED, BLUE])
+    for path in tmp_path.glob("d/data/train-*"):
+        path.unlink()
+    assert load_pictures(spec_of(tmp_path / "d"))["text"][:] == ["not for training"]
+
+
+def test_parquet_is_read_again_when_it_changes_and_only_the_runs_folder_is_written(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "home"))
+    spec = DatasetSpec("mine", f"parquet:{tmp_path}/mine.parquet")
+    for colour in (RED, BLUE):
+        write_parquet(tmp_path / "mine.parquet", [encoded(colour)], ["a"])
+        assert first_colours(load_pictures(spec)) == [colour]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.parquet", "runs"}
+    assert (runs / "cache" / "datasets").is_dir()
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "inside"])
+def test_damaged_parquet_is_named(runs, tmp_path, how, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
+    path = tmp_path / "mine.parquet"
+    table = pa.table({"image": [encoded(RED)] * 3, "text": ["a", "b", "c"]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    whole = path.read_bytes()
+    length = whole.index(b"\x89PNG") - 4  # where the file says how many bytes the first picture has
+    path.write_bytes({"empty": b"", "cut": whole[:-20], "inside": whole[:length] + b"\xff" + whole[length + 1 :]}[how])
+    with pytest.raises(DataError, match=r"cannot read .*mine\.parquet: [^\n]+$"):
+        load_pictures(DatasetSpec("mine", f"parquet:{path}"))
+    assert (capfd.readouterr(), caplog.records) == (("", ""), []), "nothing but the error"
+
+
+def test_parquet_with_nothing_to_train_on(runs, tmp_path):
+    path = tmp_path / "mine.parquet"
+    write_parquet(path, pa.array([], pa.binary()), pa.array([], pa.string()))
+    with pytest.raises(DataError, match=r"mine\.parquet in .* has no rows"):
+        load_pictures(DatasetSpec("mine", f"parquet:{path}"))
+    write_parquet(path, [encoded(RED)] * 2, [float("nan"), None])
+    with pytest.raises(DataError, match="all captions of mine are empty .column 'text'."):
+        load_pictures(DatasetSpec("mine", f"parquet:{path}"))
+
+
+def test_rows_of_a_parquet_file_without_a_picture_are_named(runs, tmp_path):
+    cells = [encoded(RED), None, b"", encoded(RED)[:50]]
+    write_parquet(tmp_path / "mine.parquet", cells, list("abcd"))
+    dataset = load_pictures(DatasetSpec("mine", f"parquet:{tmp_path}/mine.parquet"))
+    assert read_picture(dataset, 0).size == (8, 8)
+    expected = ["there is no picture in row 1", "picture of row 2: it is empty, or", "picture of row 3: .*truncated"]
+    for row, words in enumerate(expected, start=1):
+        with pytest.raises(DataError, match=words):
+            read_picture(dataset, row)
+
+
+def test_a_file_is_no_folder_and_a_folder_no_file(runs, tmp_path):
+    write_parquet(tmp_path / "mine.parquet", [encoded(RED)], ["a"])
+    with pytest.raises(DataError, match="is a file, not a folder; the source of a parquet file is parquet:"):
+        load_pictures(DatasetSpec("mine", f"folder:{tmp_path}/mine.parquet"))
+    with pytest.raises(DataError, match="is a folder, not a parquet file; its source is folder:"):
+        load_pictures(DatasetSpec("mine", f"parquet:{tmp_path}"))
+    with pytest.raises(DataError, match="there is no folder or file .*lost"):
+        load_pictures(DatasetSpec("mine", f"parquet:{tmp_path}/lost.parquet"))
 
 
 # Other sources ---------------------------------------------------------------------------------------------------
@@ -262,78 +458,174 @@ def test_any_size_fills_the_square(size):
     assert to_tensor(Image.new("RGB", size, RED), 16).shape == (3, 16, 16)
 
 
-# The cache -------------------------------------------------------------------------------------------------------
+# Every kind of file, from the folder to the tensor ---------------------------------------------------------------
 
 
-@pytest.fixture
-def dataset():
-    pictures = [Image.new("RGB", (16, 16), (30 * i, 255 - 30 * i, 9)) for i in range(5)]
-    texts = ["a cat", "a man", "a cat", "", "a man"]
-    return Dataset.from_dict({"image": pictures, "text": texts}).cast_column("image", ImageColumn())
+def top_and_bottom(top, bottom, mode="RGB"):
+    picture = Image.new(mode, (8, 8), bottom)
+    picture.paste(top, (0, 0, 8, 4))
+    return picture
 
 
-def equal(a, b):
-    names = ("mean", "std", "caption_embeddings", "caption_index", "empty_embedding")
-    return a.captions == b.captions and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
+def save_with_exif(path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be shown upside down
+    top_and_bottom(BLUE, RED).save(path, exif=exif, quality=100)
 
 
-def test_cache_holds_latents_and_embeddings_of_unique_captions(tiny, dataset, tmp_path):
-    cache = build_cache(tiny, dataset, tmp_path, "k" * 64)
-    mean, std = to_latents(tiny, torch.stack([to_tensor(row["image"], 16) for row in dataset]))
-    assert torch.allclose(cache.mean, mean, atol=1e-6) and torch.allclose(cache.std, std, atol=1e-6)
-    assert len(cache) == 5
-    assert cache.captions == ["a cat", "a man", ""]
-    assert cache.caption_index.tolist() == [0, 1, 0, 2, 1]
-    assert torch.allclose(cache.caption_embeddings, encode_prompts(tiny, ["a cat", "a man", ""]))
-    assert torch.allclose(cache.empty_embedding, encode_prompts(tiny, [""]))
+def save_palette(path):
+    picture = Image.new("P", (8, 8), 0)
+    picture.putpalette([*RED, *BLUE])
+    picture.paste(1, (0, 4, 8, 8))
+    picture.save(path, transparency=1)
 
 
-def test_second_call_reads_the_file(tiny, dataset, tmp_path, monkeypatch):
-    first = build_cache(tiny, dataset, tmp_path, "key")
-    monkeypatch.setattr(data, "compute_cache", lambda *_: pytest.fail("computed again"))
-    assert equal(build_cache(tiny, dataset, tmp_path, "key"), first)
+def save_animation(path):
+    first, second = top_and_bottom(RED, BLUE), top_and_bottom(BLUE, RED)
+    first.save(path, save_all=True, append_images=[second], duration=100)
 
 
-def damaged(path, how):
+def save_wide_grey(path):
+    pixels = np.full((8, 8), 32896, np.uint16)  # 128 * 257
+    pixels[:4] = 65535
+    Image.fromarray(pixels).save(path)
+
+
+INK = top_and_bottom((0, 255, 255, 0), (255, 255, 0, 0), "CMYK")
+GOOD_FILES = {  # name: (how to write it, the colour at the top, at the bottom)
+    "plain.png": (top_and_bottom(RED, BLUE).save, RED, BLUE),
+    "transparent.png": (top_and_bottom((*RED, 255), (*BLUE, 0), "RGBA").save, RED, WHITE),
+    "ink.tif": (lambda path: INK.save(path), RED, BLUE),
+    "ink.jpg": (lambda path: INK.save(path, quality=100), RED, BLUE),
+    "16_bits.png": (save_wide_grey, WHITE, (128, 128, 128)),
+    "16_bits.tif": (save_wide_grey, WHITE, (128, 128, 128)),
+    "palette.png": (save_palette, RED, WHITE),
+    "turned.jpg": (save_with_exif, RED, BLUE),
+    "turned.png": (save_with_exif, RED, BLUE),
+    "moving.gif": (save_animation, RED, BLUE),
+    "moving.png": (save_animation, RED, BLUE),
+    "moving.webp": (lambda path: top_and_bottom(RED, BLUE).save(path, lossless=True, save_all=True), RED, BLUE),
+    "one_pixel.png": (Image.new("RGB", (1, 1), BLUE).save, BLUE, BLUE),
+    "misnamed.png": (lambda path: top_and_bottom(RED, BLUE).save(path, "bmp"), RED, BLUE),
+}
+
+
+def only_file(tmp_path, name):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / name).with_suffix(".txt").write_text("a caption")
+    return folder / name
+
+
+def load_only(path):
+    return to_tensor(read_picture(load_pictures(spec_of(path.parent)), 0), 8)
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_files_of_every_kind_are_read(tmp_path, name):
+    write, top, bottom = GOOD_FILES[name]
+    path = only_file(tmp_path, name)
+    write(path)
+    pixels = (load_only(path) + 1) * 127.5
+    assert pixels.shape == (3, 8, 8)
+    for row, expected in ((1, top), (6, bottom)):
+        assert torch.allclose(pixels[:, row, 4], torch.tensor(expected).float(), atol=8), row
+
+
+def write_bomb(path, side=20_000):
+    """A small file that says it is a picture of 20,000 by 20,000 pixels."""
+    Image.new("L", (8, 8)).save(path, "png")
     content = bytearray(path.read_bytes())
-    if how == "cut":
-        content = content[: len(content) // 2]
-    elif how == "one bit":
-        content[-3] ^= 1
-    elif how == "no header":
-        content = b"\0" * 100
-    else:
-        content = b""
+    content[16:24] = struct.pack(">II", side, side)  # in the header: after 8 bytes of signature, 4 of length, "IHDR"
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["cut", "one bit", "no header", "empty"])
-def test_damaged_cache_is_rebuilt(tiny, dataset, tmp_path, how):
-    first = build_cache(tiny, dataset, tmp_path, "key")
-    (path,) = tmp_path.iterdir()
-    damaged(path, how)
-    assert data.read_cache(path, "key") is None
-    assert equal(build_cache(tiny, dataset, tmp_path, "key"), first)
-    assert equal(data.read_cache(path, "key"), first)
+def write_truncated(path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_cache_of_another_key_or_dataset_is_not_used(tiny, dataset, tmp_path):
-    build_cache(tiny, dataset, tmp_path, "same-first-16-chars-1")
-    assert data.read_cache(tmp_path / "latents-same-first-16-ch.safetensors", "same-first-16-chars-2") is None
-    build_cache(tiny, dataset, tmp_path, "same-first-16-chars-2")
-    assert data.read_cache(tmp_path / "latents-same-first-16-ch.safetensors", "same-first-16-chars-2") is not None
-    assert len(build_cache(tiny, dataset.select(range(2)), tmp_path, "same-first-16-chars-2")) == 2
+BAD_FILES = {  # name: (how to write it, what the error says)
+    "bomb.png": (write_bomb, "it has more than the 178,956,970 pixels that are safe to open"),
+    "truncated.png": (write_truncated, ""),
+    "truncated.jpg": (write_truncated, "of row 0: image file is truncated"),
+    "truncated.gif": (write_truncated, ""),
+    "truncated.webp": (write_truncated, ""),
+    "nothing.png": (lambda path: path.write_bytes(b""), "it is empty, or not a picture"),
+    "words.png": (lambda path: path.write_text("a cat"), "it is empty, or not a picture"),
+}
 
 
-def test_unreadable_picture_is_named_when_caching(tiny, folder, tmp_path):
-    dataset = load_pictures(spec_of(folder))
-    whole = (folder / "1.png").read_bytes()
-    (folder / "1.png").write_bytes(whole[:40])
-    with pytest.raises(DataError, match=r"cannot read the picture .*1\.png of row 1"):
-        build_cache(tiny, dataset, tmp_path / "cache", "key")
-    assert not (tmp_path / "cache").exists()
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_are_no_picture_are_refused_by_name(tmp_path, name):
+    write, words = BAD_FILES[name]
+    path = only_file(tmp_path, name)
+    write(path)
+    with pytest.raises(DataError, match=f"cannot read the picture .*{name}.*{words}") as caught:
+        load_only(path)
+    assert "\n" not in str(caught.value)
 
 
-def test_empty_dataset_is_refused(tiny, dataset, tmp_path):
-    with pytest.raises(DataError, match="no rows"):
-        build_cache(tiny, dataset.select([]), tmp_path, "key")
+def test_a_folder_named_like_a_picture_is_refused_by_name(tmp_path):
+    path = only_file(tmp_path, "folder.png")
+    path.mkdir()
+    with pytest.raises(DataError, match=r"folder\.png is a folder, not a picture"):
+        load_only(path)
+
+
+def test_a_large_picture_is_read_in_silence(tmp_path, monkeypatch):
+    path = only_file(tmp_path, "large.png")
+    Image.new("RGB", (40, 40), RED).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above, and refuses from twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert colours(load_only(path)) == list(RED)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(DataError, match=r"large\.png: it has more than the 1,400 pixels"):
+        load_only(path)
+
+
+# Captions --------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_counted(tiny):
+    long = "a very long caption " * 20
+    counts = describe_captions(tiny, ["a cat", "", long, "a cat", long, " ", "a man"])
+    assert counts == {"pictures": 7, "different_captions": 5, "empty_captions": 2, "cut_captions": 2}
+    assert not any(describe_captions(tiny, []).values())
+
+
+def test_a_caption_is_cut_when_tokenize_would_cut_it(tiny):
+    from helpers.components import tokenize
+
+    for words in range(1, 40):
+        caption = " ".join(["cat"] * words)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tokenize(tiny, [caption])
+        assert describe_captions(tiny, [caption])["cut_captions"] == len(caught)
+    assert caught
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ((1, 1, 0, 0), "1 picture, 1 different caption"),
+        ((12, 10, 0, 0), "12 pictures, 10 different captions"),
+        (
+            (12, 10, 2, 1),
+            "12 pictures, 10 different captions; 2 are empty (they train the picture without words); "
+            "1 is longer than the text encoder reads and is cut",
+        ),
+        (
+            (3, 2, 1, 2),
+            "3 pictures, 2 different captions; 1 is empty (it trains the picture without words); "
+            "2 are longer than the text encoder reads and are cut",
+        ),
+    ],
+)
+def test_the_sentence_about_captions(numbers, sentence):
+    names = ("pictures", "different_captions", "empty_captions", "cut_captions")
+    assert caption_sentence(dict(zip(names, numbers, strict=True))) == sentence
