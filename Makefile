@@ -1,5 +1,6 @@
 # make course [PRESET=smoke] [FORCE=1]   install, execute notebooks 01-07, write figures/ and report/
 # make test                              install, then lint, unit tests, notebooks and measured numbers
+# make weekly                            make test, and the tests of killed runs twenty times over
 # make notebooks                         execute the committed notebooks in place
 # TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).
 PYTHON ?= python3
@@ -10,13 +11,16 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 COURSE := .venv/bin/python -m helpers.cli
 
-.PHONY: course test notebooks install
+.PHONY: course test weekly notebooks install
 
 course: $(STAMP)
 	@$(COURSE) run --preset $(PRESET) $(if $(filter-out 0 no false,$(FORCE)),--force)
 
 test: $(STAMP)
 	@$(COURSE) check
+
+weekly: test
+	COURSE_KILLS=20 .venv/bin/python -m pytest -q tests/test_resume.py
 
 notebooks: $(STAMP)
 	@$(COURSE) notebooks

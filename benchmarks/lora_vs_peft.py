@@ -7,67 +7,22 @@ training step. The result is a ratio, ours to PEFT's, of each cost; the goal is 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks import records
-from benchmarks.pair import SIDES, TARGETS, Settings, Side, build_side, check_equal
-from helpers.presets import ROOT
+from benchmarks.pair import SIDES, TARGETS, Settings, build_side, check_equal
+from benchmarks.timing import compare, default_device, in_new_process, peak_while, peaks_in_turn, time_in_turn
 from helpers.provenance import code_hash, versions
 
 NAME = "lora_vs_peft"
 LIMIT = 1.03  # the goal for each ratio
-
-
-# --- time --------------------------------------------------------------------------------------------------------
-
-
-def block_seconds(side: Side, steps: int, device: torch.device) -> float:
-    """Seconds of one training step, the mean over a block of them."""
-    gc.collect()
-    gc.disable()  # a collection that falls into one block would be counted against one side
-    try:
-        began = time.perf_counter()
-        side.train(steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / steps
-    finally:
-        gc.enable()
-
-
-def time_pairs(sides: dict[str, Side], settings: Settings, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step in each block, by side: ours, PEFT, PEFT, ours, ours, PEFT …
-
-    The order turns round with every pair, so that a machine that slows down or warms up slows both sides alike.
-    """
-    for side in sides.values():
-        side.train(settings.warmup)
-    seconds = {name: [] for name in sides}
-    for pair in range(settings.pairs):
-        for name in SIDES if pair % 2 == 0 else SIDES[::-1]:
-            seconds[name].append(block_seconds(sides[name], settings.steps, device))
-    return seconds
-
-
-def ratio_interval(ours: list[float], peft: list[float], draws: int = 2000) -> list[float]:
-    """95% interval of median(ours) / median(peft): bootstrap over the pairs, which stay together. [low, high]"""
-    pairs = np.array([ours, peft])
-    rows = np.random.default_rng(0).integers(len(ours), size=(draws, len(ours)))
-    medians = np.median(pairs[:, rows], axis=2)  # [2, draws]
-    return np.quantile(medians[0] / medians[1], [0.025, 0.975]).tolist()
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -98,65 +53,23 @@ def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
 
 
-def peak_resident_bytes() -> int | None:
-    """The most memory that this process has occupied so far; None where the system does not tell (Windows)."""
-    # Not ru_maxrss where there is another way: on Linux a child's begins at what its parent occupied
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    # In bytes on macOS, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def measure_peak(side: str, settings: Settings) -> dict[str, int] | None:
-    """Train a few steps in this process: {"peak": bytes, "growth": bytes of it that came after the imports}.
-
-    On CUDA the peak is what PyTorch allocated there, which no import adds to. None where the system does not tell.
-    """
+    """Train a few steps in this process: {"peak": bytes, "growth": bytes of it that came after the imports}."""
     device = default_device()
-    before = peak_resident_bytes()
-    build_side(side, settings, device).train(settings.memory_steps)
-    if device.type == "cuda":
-        return {"peak": torch.cuda.max_memory_allocated()}
-    after = peak_resident_bytes()
-    return None if after is None else {"peak": after, "growth": after - before}
+    return peak_while(lambda: build_side(side, settings, device).train(settings.memory_steps), device)
 
 
 def peak_in_new_process(side: str, settings: Settings) -> dict[str, int] | None:
     """`measure_peak` in a process of its own, which has done nothing else."""
-    order = json.dumps({"side": side, "settings": asdict(settings)})
-    command = [sys.executable, "-m", f"benchmarks.{NAME}", "--worker", order]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_new_process(NAME, {"side": side, "settings": asdict(settings)})
 
 
 def peaks(settings: Settings) -> dict[str, dict[str, list[int]]]:
     """{"peak" and, on a CPU, "growth": {side: bytes in each process}}, sides alternating; empty if nothing tells."""
-    found = {side: [] for side in SIDES}
-    for _ in range(settings.processes):
-        for side in SIDES:
-            found[side].append(peak_in_new_process(side, settings))
-    first = found["ours"][0] if settings.processes else None
-    return {kind: {side: [peak[kind] for peak in found[side]] for side in SIDES} for kind in first or {}}
+    return peaks_in_turn(SIDES, settings.processes, lambda side: peak_in_new_process(side, settings))
 
 
 # --- the record --------------------------------------------------------------------------------------------------
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compare(ours: list[float], peft: list[float]) -> dict:
-    """Medians of both sides, the ratio of the medians, and its 95% interval."""
-    medians = {"ours": statistics.median(ours), "peft": statistics.median(peft)}
-    return {**medians, "ratio": medians["ours"] / medians["peft"], "interval": ratio_interval(ours, peft)}
 
 
 def measure(settings: Settings) -> dict:
@@ -167,12 +80,12 @@ def measure(settings: Settings) -> dict:
     sides = {name: build_side(name, settings, device) for name in SIDES}
     difference = check_equal(sides["ours"], sides["peft"])
     saved = {name: saved_bytes(side.unet, lambda side=side: side.train(1)) for name, side in sides.items()}
-    seconds = time_pairs(sides, settings, device)
+    seconds = time_in_turn(sides, settings.pairs, settings.steps, settings.warmup, device)
     costs = {
-        "step_seconds": compare(seconds["ours"], seconds["peft"]),
+        "step_seconds": compare(seconds, *SIDES),
         "saved_bytes": {**saved, "ratio": saved["ours"] / saved["peft"]},
     }
-    costs |= {f"{kind}_bytes": compare(found["ours"], found["peft"]) for kind, found in memory.items()}
+    costs |= {f"{kind}_bytes": compare(found, *SIDES) for kind, found in memory.items()}
     return {
         "settings": asdict(settings),
         "limit": LIMIT,

@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from helpers import lora
+from helpers.caches import LatentCache
 from helpers.components import Components, load_components
-from helpers.data import LatentCache
+from helpers.draws import StepDraw, draw_step, generator_for, seeded
 from helpers.presets import ATTENTION, LINEAR, TrainConfig, get_preset
-from helpers.steps import StepDraw, draw_step, generator_for, seeded, training_step
+from helpers.steps import new_accelerator, training_step
 
 SIDES = ("ours", "peft")
 TARGETS = {"attention": ATTENTION, "linear": LINEAR}
@@ -77,14 +79,16 @@ def load_model(name: str, device: torch.device) -> Components:
 def random_cache(components: Components, rows: int, seed: int) -> LatentCache:
     """Random latents [rows, C, h, w] and text states [rows, L, D] of the model's shapes.
 
-    What a step costs depends on shapes and not on values, so no pictures are needed.
+    What a step costs depends on shapes and not on values, so no pictures are needed. Nothing reads the tokens.
     """
     length = components.text_encoder.config.max_position_embeddings
     width = components.unet.config.cross_attention_dim
     generator = generator_for(seed, "benchmark", 0)
     mean = torch.randn(rows, *components.latent_shape, generator=generator)
     states = torch.randn(rows + 1, length, width, generator=generator)
-    return LatentCache(mean, torch.full_like(mean, 0.1), states[1:], torch.arange(rows), states[:1])
+    ids = torch.zeros(rows + 1, length, dtype=torch.int64)
+    std = torch.full_like(mean, 0.1)
+    return LatentCache(mean, std, states[1:], ids[1:], torch.arange(rows), states[:1], ids[:1])
 
 
 def adapt(side: str, unet: nn.Module, config: TrainConfig) -> None:
@@ -100,21 +104,24 @@ def adapt(side: str, unet: nn.Module, config: TrainConfig) -> None:
 class Side:
     """One adapted U-Net in training: it goes round its draws, and `losses` are those of the steps so far."""
 
-    unet: nn.Module
+    components: Components
     optimizer: torch.optim.Optimizer
     draws: list[StepDraw]
-    alphas_cumprod: Tensor
-    prediction_type: str
     config: TrainConfig
+    accelerator: Accelerator
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.components.unet
 
     def train(self, steps: int) -> None:
         """So many training steps: forward, backward, clip, AdamW."""
         for _ in range(steps):
             step = len(self.losses)
             draw = self.draws[step % len(self.draws)]
-            args = (draw, self.alphas_cumprod, self.prediction_type, self.config, step)
-            self.losses.append(training_step(self.unet, self.optimizer, *args)["loss"])
+            args = (self.components, self.optimizer, draw, self.config, step, self.accelerator)
+            self.losses.append(training_step(*args)["loss"])
 
     def gradients(self) -> dict[str, Tensor]:
         """What the last step left in A and B, by parameter; both sides name them alike."""
@@ -131,10 +138,10 @@ def build_side(side: str, settings: Settings, device: torch.device) -> Side:
     trained = [p for p in components.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     cache = random_cache(components, BATCHES * config.batch_size, config.seed)
-    alphas_cumprod = components.noise_scheduler.alphas_cumprod.to(device)
+    timesteps = len(components.noise_scheduler.alphas_cumprod)
     # Drawn here and moved to the device, so that the clock sees the training step alone
-    draws = [draw_step(config, cache, step, len(alphas_cumprod)).to(device) for step in range(BATCHES)]
-    return Side(components.unet, optimizer, draws, alphas_cumprod, components.prediction_type, config)
+    draws = [draw_step(config, cache, step, timesteps).to(device) for step in range(BATCHES)]
+    return Side(components, optimizer, draws, config, new_accelerator(config, device))
 
 
 def largest_difference(one: Side, other: Side, steps: int = 2) -> float:

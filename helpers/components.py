@@ -61,7 +61,7 @@ class Components:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return next(self.unet.parameters()).device  # diffusers' own property walks through all modules each time
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

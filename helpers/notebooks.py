@@ -48,7 +48,7 @@ OFFLINE = HEADLESS | {
 MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 40
 # Helpers that no notebook's result depends on.
-_NOT_EXECUTED = {"adapter_commands.py", "checks.py", "cli.py", "notebooks.py", "report.py"}
+_NOT_EXECUTED = {"adapter_commands.py", "checks.py", "cli.py", "notebooks.py", "report.py", "train_command.py"}
 
 
 class CourseError(Exception):

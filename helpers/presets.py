@@ -24,6 +24,7 @@ RUNS = runs_folder()
 # Suffixes of module names, as PEFT takes them. A transformer block's linear layers: its attention, or all of them.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # of CLIP's text encoder
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TrainConfig:
     """Every number that the training loop depends on. Two runs with equal numbers are equal."""
 
     steps: int = 1000  # optimizer steps
-    batch_size: int = 8
+    batch_size: int = 8  # pictures of one optimizer step, whatever the number of processes and of parts
     rank: int = 16
     alpha: float = 16.0  # the LoRA update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)
     learning_rate: float = 1e-3
@@ -39,35 +40,55 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0  # clip the gradient's Euclidean norm here; 0 means never
     snr_gamma: float | None = None  # Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); None means plain MSE
+    rescale_weights: bool = False  # divide the Min-SNR weights by their mean over all timesteps
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     lora_dropout: float = 0.0
     use_rslora: bool = False
     targets: tuple[str, ...] = ATTENTION
+    train_text_encoder: bool = False  # a LoRA on the text encoder's attention too, of the same rank and alpha
     seed: int = 0
     lr_warmup_steps: int = 0
     lr_schedule: str = "constant"  # "constant", "linear" or "cosine": what follows the warm-up, down to zero
     validation_epochs: int = 2  # validation pictures every so many epochs, and before the first and after the last step
+    validation_steps: int = 0  # if not 0: every so many steps instead
+    validation_seeds: int = 1  # pictures of each validation prompt
     checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # of the last ones; the best one is kept besides
     held_out_eval: int = 32  # held-out pictures whose loss each validation measures; 0 means none
+    # What follows changes time and memory. The result it changes by rounding alone, if at all.
+    gradient_accumulation_steps: int = 1  # parts that each process cuts its share of a batch into
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16": of the forward pass; A and B stay float32
+    channels_last: bool = False  # the memory layout that convolutions on a GPU prefer
+    compile: bool = False  # the U-Net through torch.compile
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rank", "validation_epochs", "checkpoint_every", "keep_checkpoints"):
+        at_least_one = ("steps", "batch_size", "rank", "validation_epochs", "validation_seeds", "checkpoint_every")
+        for name in (*at_least_one, "keep_checkpoints", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("validation_steps", "lr_warmup_steps", "held_out_eval", "max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, and is {getattr(self, name)}")
         if self.learning_rate <= 0 or self.alpha <= 0:
             raise ValueError("learning_rate and alpha must be positive")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.lora_dropout < 1:
             raise ValueError("caption_dropout must lie in [0, 1] and lora_dropout in [0, 1)")
-        if self.lr_schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}; known: constant, linear, cosine")
+        choices = {"lr_schedule": ("constant", "linear", "cosine"), "mixed_precision": ("no", "bf16", "fp16")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """Where captioned pictures come from.
 
-    source: "drawn:STYLE" (the drawn world), "hub:OWNER/NAME" (a dataset of the Hugging Face hub) or "folder:PATH".
+    source: "drawn:STYLE" (the drawn world), "hub:OWNER/NAME" (a dataset of the Hugging Face hub), "folder:PATH"
+    (pictures with metadata.csv, metadata.jsonl or .txt captions, or parquet files) or "parquet:PATH" (one file).
+    image_column, text_column: where pictures and captions are. In a metadata file the pictures' column is "file_name"
+    unless image_column is another name than "image"; .txt captions need no columns.
+    revision: of a hub dataset, a commit, tag or branch.
     The first `train_rows` rows train; `held_out_rows` others only ever measure. 0 held-out rows means none.
     """
 

@@ -4,8 +4,8 @@
         config.json                          what the run is a function of
         metrics.jsonl                        one line a step: step, epoch, loss, lr, grad_norm, mean_timestep
         initial_latents.safetensors          where every validation picture starts
-        validation/step-000250/              000.png … one a prompt, latents.safetensors, metrics.json
-        checkpoints/step-000950/             adapter.safetensors, optimizer.safetensors, state.json
+        validation/step-000250/              000.png … one a prompt and seed, latents.safetensors, metrics.json
+        checkpoints/step-000950/             see helpers.checkpoints
         adapter/pytorch_lora_weights.safetensors
         done.json                            only when finished: hashes, losses, versions, seconds
 
@@ -28,16 +28,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from helpers import adapters, components, lora, presets, provenance
+from helpers import components, presets, provenance
+from helpers.folders import find_path, visible_paths
 from helpers.presets import DatasetSpec, Preset
 
 REFERENCE = presets.ROOT / "helpers" / "minisd" / "reference"  # finished runs that come with the repository
 RUN_FILES = ("config.json", "metrics.jsonl", "initial_latents.safetensors", "done.json")
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 # The modules that a run's result depends on. (This one only files it.)
-CODE = ("diffusion", "lora", "steps", "training", "data", "sampling", "components")
+CODE = (
+    *("diffusion", "lora", "draws", "steps", "validation", "training", "checkpoints"),
+    *("data", "folders", "caches", "sampling", "components"),
+)
 REFERENCE_PIXELS = 128  # validation pictures of a reference run are stored at most this large
 
 
@@ -74,11 +78,11 @@ def data_fingerprint(spec: DatasetSpec, resolution: int) -> str:
         parts = [fingerprint(where, "train", resolution, spec.train_rows, 0)]
         parts += [fingerprint(where, "held_out", resolution, spec.held_out_rows, 0)] if spec.held_out_rows else []
         return digest(parts)
-    if kind == "folder":
-        root = Path(where)
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        hashes = [(path.relative_to(root).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
-        return digest([hashes, spec.train_rows, spec.held_out_rows])
+    if kind in ("folder", "parquet"):
+        root = find_path(where)
+        paths = [root] if root.is_file() else [path for path in visible_paths(root) if path.is_file()]
+        files = [(path.relative_to(root).as_posix(), provenance.file_hash(path)) for path in paths]
+        return digest([files, spec.image_column, spec.text_column, spec.train_rows, spec.held_out_rows])
     return digest(asdict(spec))
 
 
@@ -163,6 +167,11 @@ class Run:
                 break  # the process was killed while it wrote this line
         return lines
 
+    def best_step(self) -> int | None:
+        """The validated step (after the first update) with the lowest held-out loss; None without such a loss."""
+        losses = {m["step"]: m["held_out_loss"] for m in self.validation_metrics() if "held_out_loss" in m}
+        return min((step for step in losses if step > 0), key=losses.get, default=None)
+
     def validations(self) -> list[tuple[int, int]]:
         """(step, epoch) of every validation, in order; the epoch is the number of epochs completed."""
         return [(m["step"], m["epoch"]) for m in self.validation_metrics()]
@@ -176,18 +185,18 @@ class Run:
         return self.dir / "validation" / f"step-{step:06d}"
 
     def validation_pictures(self, step: int) -> list[Image.Image]:
-        """The pictures of that validation, one a prompt. Raises ValueError naming the steps that exist."""
+        """The pictures of that validation, by prompt, then seed. Raises ValueError naming the steps that exist."""
         folder = self.validation_dir(step)
         if not (folder / "metrics.json").exists():
             raise ValueError(f"no validation at step {step}; known: {[s for s, _ in self.validations()]}")
         return [_open_picture(path) for path in sorted(folder.glob("*.png"))]
 
     def validation_latents(self, step: int) -> torch.Tensor:
-        """The latents of that validation, float32 [prompts, C, h, w]."""
+        """The latents of that validation, float32 [pictures, C, h, w]."""
         return load_file(self.validation_dir(step) / "latents.safetensors")["latents"]
 
     def initial_latents(self) -> torch.Tensor:
-        """Where every validation starts, float32 [prompts, C, h, w]."""
+        """Where every validation starts, float32 [pictures, C, h, w]."""
         return load_file(self.dir / "initial_latents.safetensors")["latents"]
 
     def checkpoints(self) -> list[int]:
@@ -230,9 +239,6 @@ def find_run(
     return None
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name; it appears under its own name when the block ends without an error."""
@@ -270,58 +276,11 @@ def adapter_metadata(run: Run, step: int) -> dict:
     }
 
 
-def lora_names(unet: torch.nn.Module) -> list[str]:
-    """Names of the LoRA parameters, in the order of `lora.lora_parameters`."""
-    return list(lora.lora_state_dict(unet))
-
-
-def save_checkpoint(run: Run, step: int, unet: torch.nn.Module, optimizer, seconds: float, keep: int) -> None:
-    """Adapter and optimizer state after `step` updates; of all checkpoints the last `keep` stay."""
-    moments = {}
-    for name, parameter in zip(lora_names(unet), lora.lora_parameters(unet), strict=True):
-        for kind, value in optimizer.state.get(parameter, {}).items():  # step, exp_avg, exp_avg_sq
-            moments[f"{name}.{kind}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    with new_folder(run.checkpoint_dir(step)) as folder:
-        adapters.save_adapter(folder / "adapter.safetensors", unet, adapter_metadata(run, step))
-        save_file(moments, folder / "optimizer.safetensors")
-        state = {"step": step, "seconds": round(seconds, 1), "versions": provenance.versions()}
-        provenance.write_json_atomic(folder / "state.json", state)
-    for old in run.checkpoints()[:-keep]:
-        shutil.rmtree(run.checkpoint_dir(old), ignore_errors=True)
-
-
-def load_checkpoint(run: Run, step: int, unet: torch.nn.Module, optimizer) -> dict:
-    """Put that checkpoint into an injected U-Net and its optimizer, bit for bit; returns state.json.
-
-    Raises OSError, ValueError, KeyError or SafetensorError, and changes nothing, when a file is missing or broken.
-    """
-    folder = run.checkpoint_dir(step)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    weights = load_file(folder / "adapter.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
-    names, parameters = lora_names(unet), lora.lora_parameters(unet)
-    kinds = ("step", "exp_avg", "exp_avg_sq")
-    loaded = {i: {kind: moments[f"{name}.{kind}"] for kind in kinds} for i, name in enumerate(names)}
-    for i, values in loaded.items():
-        if values["exp_avg"].shape != parameters[i].shape:
-            raise ValueError(f"the optimizer state of {names[i]} has the wrong shape")
-    lora.load_lora_state_dict(unet, {key.removeprefix("unet."): value for key, value in weights.items()})
-    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
-
-
-def load_last_checkpoint(run: Run, unet: torch.nn.Module, optimizer) -> dict:
-    """Load the newest checkpoint that can be read; {"step": 0, "seconds": 0.0} when there is none."""
-    for step in reversed(run.checkpoints()):
-        try:
-            return load_checkpoint(run, step, unet, optimizer)
-        except (OSError, ValueError, KeyError, SafetensorError):
-            shutil.rmtree(run.checkpoint_dir(step), ignore_errors=True)  # torn by a crash: the one before will do
-    return {"step": 0, "seconds": 0.0}
-
-
 def rewind(run: Run, step: int) -> None:
-    """Forget what was written after `step` updates: it is about to be written again."""
+    """Forget what was written after `step` updates, since it is about to come again, and what was half written."""
+    for pattern in (".*", "checkpoints/.*", "validation/.*"):  # temporary names, left behind by a killed process
+        for left in run.dir.glob(pattern):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     (run.dir / "done.json").unlink(missing_ok=True)
     kept = [line for line in run.metrics() if line["step"] < step]
     with provenance.atomic_path(run.dir / "metrics.jsonl") as path:
@@ -329,6 +288,9 @@ def rewind(run: Run, step: int) -> None:
     for later, _ in run.validations():
         if later > step:
             shutil.rmtree(run.validation_dir(later))
+    for later in run.checkpoints():
+        if later > step:
+            shutil.rmtree(run.checkpoint_dir(later))
 
 
 # --- reference runs ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One step of LoRA fine-tuning of a latent diffusion model: what it draws, and what it does with it.
+"""One step of LoRA fine-tuning of a latent diffusion model: what it computes from what it draws (see `helpers.draws`).
 
 One step, of a batch of pictures x with captions c (Rombach et al. 2022, arXiv 2112.10752, equation 3):
 
@@ -8,106 +8,102 @@ One step, of a batch of pictures x with captions c (Rombach et al. 2022, arXiv 2
     loss = mean of w_t * (unet(z_t, t, c) - target)^2      target: eps or v, w_t: 1 or Min-SNR
     AdamW on the LoRA matrices alone, gradients clipped
 
-What step k draws depends on (seed, purpose, k) and on nothing else: each draw has its own generator, seeded by a hash
-of the three. So a run that was killed and resumed, or validated more often, ends with the same bits.
+accelerate knows the device, the precision and the other processes. It is asked for four things only: to run the forward
+pass in the chosen precision, to scale the loss where fp16 needs it, to clip, and to add up over processes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor, nn
 
 from helpers import lora
-from helpers.components import Components
-from helpers.data import LatentCache
+from helpers.components import Components, default_device
 from helpers.diffusion import add_noise, diffusion_target, loss_weights
-from helpers.presets import TrainConfig
+from helpers.draws import StepDraw, seeded
+from helpers.presets import TEXT_ATTENTION, TrainConfig
 from helpers.runs import TrainingError
 
-HELD_OUT_TIMESTEPS = 8  # of the fixed grid on which the held-out loss is measured
+SMALLEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, something else is wrong
 
 
-# --- what a step draws -------------------------------------------------------------------------------------------
+# --- where and how it runs ---------------------------------------------------------------------------------------
 
 
-def seed_for(seed: int, purpose: str, step: int) -> int:
-    """A 64-bit seed that depends on all three and on nothing else."""
-    digest = hashlib.sha256(f"{seed}:{purpose}:{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+def new_accelerator(config: TrainConfig, device: torch.device | str | None = None) -> Accelerator:
+    """accelerate's view of this process: its device, its precision, and the other processes of the same run.
+
+    device: that of the model, or None for the best there is. Raises TrainingError for fp16 on a CPU.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.device(device or default_device()).type == "cpu"
+    # accelerate keeps one state a process and refuses another precision, or device, than the first: begin anew
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # A batch is cut into parts by `own_parts`; accelerate must not divide the loss once more
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, gradient_accumulation_plugin=once)
+    if config.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise TrainingError("mixed_precision fp16 needs a GPU; on a CPU take bf16, or no")
+    return accelerator
 
 
-def generator_for(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A CPU generator of its own for one purpose at one step, so that every device draws the same numbers."""
-    return torch.Generator().manual_seed(seed_for(seed, purpose, step))
+# --- what trains -------------------------------------------------------------------------------------------------
+
+
+def trained_parts(components: Components, config: TrainConfig) -> dict[str, nn.Module]:
+    """The parts that get a LoRA, by name: the U-Net, and the text encoder if the settings say so."""
+    parts = {"unet": components.unet}
+    return parts | {"text_encoder": components.text_encoder} if config.train_text_encoder else parts
+
+
+def check_trainable(components: Components, config: TrainConfig) -> None:
+    """Raises TrainingError unless the LoRA matrices of the trained parts are all that trains, and are float32."""
+    parts = trained_parts(components, config)
+    wanted = {id(p) for part in parts.values() for p in lora.lora_parameters(part)}
+    if not wanted:
+        raise TrainingError("the U-Net has no LoRA layers: nothing to train")
+    for part in ("unet", "text_encoder", "vae"):
+        for name, parameter in getattr(components, part).named_parameters():
+            if parameter.requires_grad != (id(parameter) in wanted):
+                should = "trained" if id(parameter) in wanted else "frozen"
+                raise TrainingError(f"{part}: {name} should be {should}, and is not")
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                raise TrainingError(
+                    f"{part}: {name} is {parameter.dtype}: small updates would be lost, train it in float32"
+                )
 
 
 @contextmanager
-def seeded(seed: int, purpose: str, step: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators inside the block and put them back after it, for code that draws from nothing else."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed_for(seed, purpose, step))
-        yield
-
-
-@dataclass(frozen=True)
-class StepDraw:
-    """All that is random in one step, for a batch of b pictures.
-
-    indices: int64 [b], rows of the dataset; latents, noise: float32 [b, C, h, w]; timesteps: int64 [b], 0 … T-1;
-    encoder_hidden_states: float32 [b, L, D], of the caption or, where it was dropped, of the empty one.
-    """
-
-    indices: Tensor
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    encoder_hidden_states: Tensor
-
-    def to(self, device: torch.device | str) -> StepDraw:
-        return StepDraw(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-
-def steps_per_epoch(config: TrainConfig, rows: int) -> int:
-    """How many batches see each picture once; the last batch may be smaller. 685 rows by 8 are 86."""
-    return math.ceil(rows / config.batch_size)
-
-
-def batch_indices(config: TrainConfig, rows: int, step: int) -> Tensor:
-    """The rows of step `step` (from 0), int64 [b]: a slice of its epoch's own permutation."""
-    epoch, position = divmod(step, steps_per_epoch(config, rows))
-    order = torch.randperm(rows, generator=generator_for(config.seed, "order", epoch))
-    return order[position * config.batch_size : (position + 1) * config.batch_size]
-
-
-def draw_step(config: TrainConfig, cache: LatentCache, step: int, num_train_timesteps: int = 1000) -> StepDraw:
-    """What step `step` (from 0) trains on. The same arguments give the same bits, whatever was drawn before."""
-    indices = batch_indices(config, len(cache.mean), step)
-    # One memory layout, whether the cache was just computed or read from disk: kernels round each layout differently
-    mean, std = (part[indices].float().contiguous() for part in (cache.mean, cache.std))
-
-    def normal(purpose: str) -> Tensor:
-        return torch.randn(mean.shape, generator=generator_for(config.seed, purpose, step))
-
-    # z = mean + std * n, n ~ N(0, 1): a sample of the VAE's posterior, new at every visit of the picture
-    latents = mean + std * normal("posterior")
-    timesteps = torch.randint(
-        num_train_timesteps, (len(indices),), generator=generator_for(config.seed, "timesteps", step)
-    )
-    # Without a caption now and then, the U-Net keeps knowing what guidance needs: pictures of anything
-    dropped = torch.rand(len(indices), generator=generator_for(config.seed, "dropout", step)) < config.caption_dropout
-    captions = cache.caption_embeddings[cache.caption_index[indices]].float()
-    captions = torch.where(dropped[:, None, None], cache.empty_embedding.float(), captions)
-    return StepDraw(indices, latents, normal("noise"), timesteps, captions)
-
-
-# --- one step ----------------------------------------------------------------------------------------------------
+def injected(components: Components, config: TrainConfig, accelerator: Accelerator) -> Iterator[torch.optim.Optimizer]:
+    """The trained parts with fresh LoRA layers, and their optimizer; afterwards the parts are what they were."""
+    unet, device = components.unet, components.device
+    targets = {"unet": config.targets, "text_encoder": TEXT_ATTENTION}
+    settings = config.rank, config.alpha, config.lora_dropout, config.use_rslora
+    parts = trained_parts(components, config)
+    with ExitStack() as undo:
+        if config.channels_last:  # before injection: A and B, and what AdamW keeps of them, stay in the usual layout
+            unet.to(memory_format=torch.channels_last)
+            undo.callback(unet.to, memory_format=torch.contiguous_format)
+        for name, part in parts.items():
+            with seeded(config.seed, "init" if name == "unet" else f"init of the {name}", 0, device):
+                lora.inject(part, targets[name], *settings)
+            undo.callback(part.eval)
+            undo.callback(lora.remove, part)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            undo.callback(unet.disable_gradient_checkpointing)
+        check_trainable(components, config)
+        parameters = [p for part in parts.values() for p in lora.lora_parameters(part)]
+        # One kernel for all matrices: they are many and small, so that a loop over them is mostly overhead
+        fused = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": device.type in ("cpu", "cuda")}
+        undo.callback(accelerator.free_memory)
+        yield accelerator.prepare_optimizer(torch.optim.AdamW(parameters, config.learning_rate, **fused))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -120,106 +116,100 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * factors[config.lr_schedule]
 
 
-def check_trainable(unet: nn.Module) -> None:
-    """Raises TrainingError unless the LoRA matrices are all that trains, and are float32."""
-    wanted = {id(p) for p in lora.lora_parameters(unet)}
-    for name, parameter in unet.named_parameters():
-        if parameter.requires_grad != (id(parameter) in wanted):
-            raise TrainingError(f"{name} should be {'trained' if id(parameter) in wanted else 'frozen'}, and is not")
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise TrainingError(f"{name} is {parameter.dtype}: small updates would be lost, train it in float32")
-    if not wanted:
-        raise TrainingError("the U-Net has no LoRA layers: nothing to train")
+# --- one step ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def injected(unet: nn.Module, config: TrainConfig) -> Iterator[torch.optim.AdamW]:
-    """The U-Net with fresh LoRA layers, and their optimizer; afterwards the U-Net is what it was, bit for bit."""
-    device = next(unet.parameters()).device
-    with seeded(config.seed, "init", 0, device):
-        lora.inject(unet, config.targets, config.rank, config.alpha, config.lora_dropout, config.use_rslora)
-    try:
-        check_trainable(unet)
-        yield torch.optim.AdamW(
-            lora.lora_parameters(unet), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-    finally:
-        lora.remove(unet)
-        unet.eval()
+def own_parts(draw: StepDraw, config: TrainConfig, accelerator: Accelerator) -> Iterator[tuple[int, StepDraw]]:
+    """(number, part) of each part of a batch that this process computes; empty ones are left out.
+
+    P processes that accumulate over A parts cut the batch into P * A; process p takes its A neighbours.
+    """
+    own = config.gradient_accumulation_steps
+    parts = draw.split(accelerator.num_processes * own)
+    first = accelerator.process_index * own
+    for number in range(first, first + own):
+        if len(parts[number]):
+            yield number, parts[number]
+
+
+def sum_over_processes(loss: Tensor, parameters: list[nn.Parameter], accelerator: Accelerator) -> Tensor:
+    """The loss and, in place, the gradients of all processes added up, in one message; returns the loss.
+
+    DistributedDataParallel sends gradients while the backward pass still runs, which pays for large ones. Those of a
+    LoRA are small (Stable Diffusion 2.1 at rank 16: 13 MB), so the plain sum will do, and the U-Net stays unwrapped.
+    """
+    if accelerator.num_processes == 1:
+        return loss
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    message = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+    loss, *sums = accelerator.reduce(message, "sum").split([1, *(p.numel() for p in parameters)])
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad = total.view_as(parameter)
+    return loss.squeeze()
+
+
+def part_loss(components: Components, part: StepDraw, config: TrainConfig) -> Tensor:
+    """Sum over the pictures of a part of w_t * mean over the latent of (output - target)^2, a float32 scalar."""
+    alphas_cumprod, kind = components.noise_scheduler.alphas_cumprod, components.prediction_type
+    noisy_latents = add_noise(part.latents, part.noise, part.timesteps, alphas_cumprod)
+    target = diffusion_target(kind, part.latents, part.noise, part.timesteps, alphas_cumprod)
+    weights = loss_weights(part.timesteps, alphas_cumprod, kind, config.snr_gamma, config.rescale_weights)
+    states, unet = part.encoder_hidden_states, components.unet
+    if config.train_text_encoder:  # what it makes of a caption changes from step to step, so the cache is of no use
+        states = components.text_encoder(part.input_ids)[0]
+    dtype = next(unet.parameters()).dtype
+    output = unet(noisy_latents.to(dtype), part.timesteps, states.to(dtype)).sample
+    return (weights * (output.float() - target).square().mean(dim=(1, 2, 3))).sum()
 
 
 def training_step(
-    unet: nn.Module,
+    components: Components,
     optimizer: torch.optim.Optimizer,
     draw: StepDraw,
-    alphas_cumprod: Tensor,
-    prediction_type: str,
     config: TrainConfig,
     step: int,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """One update of the LoRA matrices; returns loss, grad_norm (before clipping), lr and mean_timestep.
+    """One update of the LoRA matrices; returns loss, lr, grad_norm (before clipping) and mean_timestep.
 
     Raises TrainingError, and changes no weight, when the loss or its gradient is not a number.
     """
-    device = next(unet.parameters()).device
-    batch = draw.to(device)
-    noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-    target = diffusion_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-
-    unet.train()
-    with seeded(config.seed, "lora dropout", step, device):
-        output = unet(
-            noisy_latents.to(unet.dtype), batch.timesteps, batch.encoder_hidden_states.to(unet.dtype)
-        ).sample.float()
-    # loss = mean over the batch of w_t * mean over the latent of (output - target)^2
-    errors = (output - target).square().mean(dim=(1, 2, 3))
-    weights = loss_weights(batch.timesteps, alphas_cumprod, prediction_type, config.snr_gamma).to(device)
-    loss = (weights * errors).mean()
-
+    device = components.device
+    for part in trained_parts(components, config).values():
+        if not part.training:  # to ask is cheap, to tell every module is not
+            part.train()
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss = torch.zeros((), device=device)
+    for number, part in own_parts(draw, config, accelerator):
+        with seeded(config.seed, f"LoRA dropout of part {number}", step, device), accelerator.autocast():
+            # Divided by the whole batch: the parts then add up to its mean, however it was cut
+            own_loss = part_loss(components, part.to(device), config) / len(draw)
+        accelerator.backward(own_loss)
+        loss += own_loss.detach()
+
+    # A list: a generator that was used up before would clip nothing
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-        raise TrainingError(
-            f"step {step}: the loss is {loss.item()} and its gradient's norm {grad_norm.item()}; "
-            f"timesteps {draw.timesteps.tolist()}, rows {draw.indices.tolist()}. The last checkpoint is kept."
-        )
+    loss = sum_over_processes(loss, parameters, accelerator)
+    grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the one place where the device is waited for
+    check_finite(loss, grad_norm, draw, step, accelerator)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
-    return {
-        "loss": loss.item(),
-        "lr": learning_rate(config, step),
-        "grad_norm": grad_norm.item(),
-        "mean_timestep": draw.timesteps.float().mean().item(),
-    }
+    mean_timestep = draw.timesteps.float().mean().item()
+    return {"loss": loss, "lr": learning_rate(config, step), "grad_norm": grad_norm, "mean_timestep": mean_timestep}
 
 
-# --- the loss on held-out pictures -------------------------------------------------------------------------------
+def check_finite(loss: float, grad_norm: float, draw: StepDraw, step: int, accelerator: Accelerator) -> None:
+    """Raises TrainingError, with what led to it, when the loss or the norm of its gradient is not a number.
 
-
-@torch.no_grad()
-def held_out_loss(components: Components, cache: LatentCache, seed: int = 0, batch_size: int = 16) -> float:
-    """Mean unweighted squared error on held-out pictures, at a fixed grid of timesteps with one fixed noise a picture.
-
-    Nothing in it is drawn anew, so two values differ because of the model alone. Latents are the posterior's means.
+    In fp16 a gradient may overflow: the scaler then skips the step and halves the loss's scale, and all is well
+    unless the scale has no room left.
     """
-    unet, scheduler = components.unet.eval(), components.noise_scheduler
-    alphas_cumprod, kind = scheduler.alphas_cumprod.to(components.device), components.prediction_type
-    latents = cache.mean.float().contiguous()
-    noise = torch.randn(latents.shape, generator=generator_for(seed, "held-out noise", 0))
-    captions = cache.caption_embeddings[cache.caption_index].float()
-    # the middles of equal parts of 0 … T
-    T = len(alphas_cumprod)
-    grid = [int((i + 0.5) * T / HELD_OUT_TIMESTEPS) for i in range(HELD_OUT_TIMESTEPS)]
-    total = 0.0
-    for t in grid:
-        for rows in torch.arange(len(latents)).split(batch_size):
-            x, n, c = (part[rows].to(components.device) for part in (latents, noise, captions))
-            timesteps = torch.full((len(rows),), t, device=components.device)
-            noisy = add_noise(x, n, timesteps, alphas_cumprod)
-            output = unet(noisy.to(unet.dtype), timesteps, c.to(unet.dtype)).sample.float()
-            target = diffusion_target(kind, x, n, timesteps, alphas_cumprod)
-            total += (output - target).square().mean(dim=(1, 2, 3)).sum().item()
-    return total / (len(grid) * len(latents))
+    scaler = accelerator.scaler
+    scaled_down = scaler is not None and scaler.get_scale() > SMALLEST_SCALE
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled_down):
+        raise TrainingError(
+            f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}; timesteps "
+            f"{draw.timesteps.tolist()}, rows {draw.indices.tolist()}. The last checkpoint is kept."
+        )

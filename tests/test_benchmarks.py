@@ -13,7 +13,8 @@ from helpers import lora
 from helpers.presets import LINEAR, ROOT, get_preset
 
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
-bench, pair, records = (importlib.import_module(f"benchmarks.{name}") for name in ("lora_vs_peft", "pair", "records"))
+names = ("lora_vs_peft", "pair", "records", "timing")
+bench, pair, records, timing = (importlib.import_module(f"benchmarks.{name}") for name in names)
 
 CPU = torch.device("cpu")
 TINY = pair.Settings(model="tiny", rank=2, batch_size=2, pairs=2, steps=1, warmup=0, processes=0, memory_steps=1)
@@ -71,19 +72,19 @@ def test_what_new_processes_tell_is_recorded(monkeypatch):
 
 def test_each_block_of_a_pair_is_timed_in_turned_order(monkeypatch):
     order = []
-    monkeypatch.setattr(bench, "block_seconds", lambda side, steps, device: order.append(side) or 1.0)
+    monkeypatch.setattr(timing, "block_seconds", lambda side, steps, device: order.append(side) or 1.0)
 
     class Named(str):
         def train(self, steps):
             assert steps == TINY.warmup
 
-    seconds = bench.time_pairs({name: Named(name) for name in pair.SIDES}, TINY, CPU)
+    seconds = timing.time_in_turn({name: Named(name) for name in pair.SIDES}, 2, 1, TINY.warmup, CPU)
     assert order == ["ours", "peft", "peft", "ours"] and seconds == {"ours": [1.0, 1.0], "peft": [1.0, 1.0]}
 
 
 def test_the_interval_of_a_constant_ratio_is_that_ratio():
-    assert bench.ratio_interval([2.0] * 5, [4.0] * 5) == [0.5, 0.5]
-    low, high = bench.ratio_interval([1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0])
+    assert timing.ratio_interval([2.0] * 5, [4.0] * 5) == [0.5, 0.5]
+    low, high = timing.ratio_interval([1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0])
     assert 0.5 <= low < 1.25 < high <= 2
 
 

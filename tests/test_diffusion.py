@@ -126,6 +126,26 @@ def test_min_snr_weights_have_their_known_means():
     assert diffusion.loss_weights(T, AC, "v_prediction", 5.0).mean().item() == pytest.approx(0.294, abs=5e-4)
 
 
+@pytest.mark.parametrize("prediction_type", diffusion.PREDICTION_TYPES)
+def test_rescaled_weights_have_the_mean_one(prediction_type):
+    plain = diffusion.loss_weights(T, AC, prediction_type, 5.0)
+    rescaled = diffusion.loss_weights(T, AC, prediction_type, 5.0, rescale=True)
+    assert rescaled.mean().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(rescaled * plain.mean(), plain)
+    # the mean is that of all timesteps, whichever are asked for
+    some = torch.tensor([3, 999])
+    torch.testing.assert_close(diffusion.loss_weights(some, AC, prediction_type, 5.0, rescale=True), rescaled[some])
+    assert torch.equal(diffusion.loss_weights(T, AC, prediction_type, rescale=True), torch.ones(1000))
+
+
+def test_the_other_formula_for_v_is_far_off():
+    """Negative control: min(SNR, gamma) / SNR + 1, as some scripts have it, instead of min(SNR, gamma) / (SNR + 1)."""
+    snr = diffusion.snr(T, AC)
+    wrong = snr.clamp(max=5.0) / snr + 1
+    ratio = wrong / diffusion.loss_weights(T, AC, "v_prediction", 5.0)
+    assert ratio[999].item() == pytest.approx(429, abs=1) and ratio.min() > 1
+
+
 def test_weighted_losses_of_both_prediction_types_are_one_loss_on_x0():
     x0, noise = draws(seed=3, dtype=torch.float64)
     error = draws(seed=4, dtype=torch.float64)[0]

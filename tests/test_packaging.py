@@ -76,7 +76,8 @@ def third_party_imports() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 found.add(node.module.split(".")[0])
-    return {name for name in found if name not in sys.stdlib_module_names | {"helpers", "tests", "tiny", "training_tools"}}
+    own = {"helpers", "tests", "tiny", "training_tools"}
+    return {name for name in found if name not in sys.stdlib_module_names | own}
 
 
 # Imports of packages that a direct dependency is built on: torch, jupyterlab, papermill, datasets, accelerate, pytest.

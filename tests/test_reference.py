@@ -37,7 +37,7 @@ def reference(request, monkeypatch, tmp_path):
     run = find_run(PRESET, request.param, run_key(PRESET, request.param))
     assert run is not None, (
         f"no committed run of {request.param} fits this code, weights and data: "
-        "python -m helpers.training --preset mini --from-scratch --export-reference"
+        "course train --dataset doodles --from-scratch --export-reference (and vintage)"
     )
     assert run.source == "reference"
     return run

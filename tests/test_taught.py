@@ -22,7 +22,10 @@ MUST_TEACH = {
         *("LoRALayer", "LoRALinear", "LoRAConv2d", "find_targets", "wrap", "inject", "scaled", "compose"),
         *("delta_weight", "merge", "unmerge", "remove", "best_of_rank"),
     },
-    "04": {"batch_indices", "draw_step", "diffusion_target", "training_step"},
+    "04": {
+        *("batch_indices", "draw_step", "diffusion_target", "loss_weights"),
+        *("part_loss", "training_step", "train_loop", "train"),
+    },
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

@@ -79,6 +79,7 @@ def tiny_minisd():
 
     parts = build_tiny(seed=0)
     scheduler = parts.pop("scheduler")
+    parts["vae"].register_to_config(scaling_factor=4.0)  # brings the latents of noise pictures to about size 1
     for part in ("text_encoder", "vae", "unet"):
         parts[part].eval().requires_grad_(False)
     return Components(**parts, noise_scheduler=DDPMScheduler.from_config(scheduler.config), name="tiny", is_minisd=True)

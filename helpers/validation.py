@@ -1,0 +1,75 @@
+"""What a run shows of itself while it trains: pictures of fixed prompts from fixed noise, and a held-out loss.
+
+Both use the modules that train, as they are: nothing is loaded or copied for a validation, and nothing that a later
+step draws depends on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helpers import lora
+from helpers.caches import LatentCache
+from helpers.components import Components, encode_tokens
+from helpers.diffusion import add_noise, diffusion_target
+from helpers.draws import generator_for, steps_per_epoch
+from helpers.presets import TrainConfig
+from helpers.sampling import initial_latents
+
+HELD_OUT_TIMESTEPS = 8  # of the fixed grid on which the held-out loss is measured
+
+
+def validation_steps(config: TrainConfig, rows: int) -> list[int]:
+    """Before the first step, after every `validation_epochs` epochs or `validation_steps` steps, after the last."""
+    every = config.validation_steps or config.validation_epochs * steps_per_epoch(config, rows)
+    return [*range(0, config.steps, every), config.steps]
+
+
+def validation_pairs(config: TrainConfig, prompts: tuple[str, ...] | list[str]) -> list[tuple[str, int]]:
+    """(prompt, seed) of each validation picture: every prompt with `validation_seeds` seeds of its own."""
+    return [
+        (prompt, 1000 * config.seed + i + len(prompts) * k)
+        for i, prompt in enumerate(prompts)
+        for k in range(config.validation_seeds)
+    ]
+
+
+def validation_latents(components: Components, config: TrainConfig, prompts: tuple[str, ...] | list[str]) -> Tensor:
+    """The noise from which each validation of a run starts, float32 [pictures, C, h, w], on the CPU."""
+    seeds = [seed for _, seed in validation_pairs(config, prompts)]
+    return initial_latents(components, seeds).float().cpu().contiguous()
+
+
+@torch.no_grad()
+def held_out_loss(components: Components, cache: LatentCache, seed: int = 0, batch_size: int = 16) -> float:
+    """Mean unweighted squared error on held-out pictures, at a fixed grid of timesteps with one fixed noise a picture.
+
+    Nothing in it is drawn anew, so two values differ because of the model alone. Latents are the posterior's means.
+    """
+    unet, scheduler = components.unet.eval(), components.noise_scheduler
+    alphas_cumprod, kind = scheduler.alphas_cumprod.to(components.device), components.prediction_type
+    latents = cache.mean.float().contiguous()
+    noise = torch.randn(latents.shape, generator=generator_for(seed, "held-out noise", 0))
+    captions = caption_states(components, cache)
+    # the middles of equal parts of 0 … T
+    T = len(alphas_cumprod)
+    grid = [int((i + 0.5) * T / HELD_OUT_TIMESTEPS) for i in range(HELD_OUT_TIMESTEPS)]
+    total = 0.0
+    for t in grid:
+        for rows in torch.arange(len(latents)).split(batch_size):
+            x, n, c = (part[rows].to(components.device) for part in (latents, noise, captions))
+            timesteps = torch.full((len(rows),), t, device=components.device)
+            noisy = add_noise(x, n, timesteps, alphas_cumprod)
+            output = unet(noisy.to(unet.dtype), timesteps, c.to(unet.dtype)).sample.float()
+            target = diffusion_target(kind, x, n, timesteps, alphas_cumprod)
+            total += (output - target).square().mean(dim=(1, 2, 3)).sum().item()
+    return total / (len(grid) * len(latents))
+
+
+def caption_states(components: Components, cache: LatentCache) -> Tensor:
+    """Text embeddings float32 [N, L, D] of each row's caption: the cached ones, unless the text encoder has a LoRA."""
+    embeddings = cache.caption_embeddings
+    if components.text_encoder is not None and lora.lora_layers(components.text_encoder):
+        embeddings = encode_tokens(components, cache.caption_ids).cpu()
+    return embeddings[cache.caption_index].float()
