@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import adapters, lora, provenance
 from helpers.presets import TrainConfig
@@ -61,27 +61,38 @@ def keep_checkpoints(run: Run, config: TrainConfig) -> None:
             shutil.rmtree(run.checkpoint_dir(step), ignore_errors=True)
 
 
-def load_checkpoint(run: Run, step: int, parts: dict[str, nn.Module], optimizer, scaler=None) -> dict[str, Any]:
-    """Put that checkpoint into the injected parts and their optimizer, bit for bit; returns state.json.
+def read_checkpoint(run: Run, step: int) -> tuple[dict[str, Any], adapters.Adapter, dict[str, Tensor]]:
+    """state.json, the adapter and the optimizer's moments of that checkpoint.
 
-    Raises OSError, ValueError, KeyError or SafetensorError, and changes nothing, when a file is missing or broken.
+    Raises OSError, ValueError, KeyError or SafetensorError when a file is missing or broken.
     """
     folder = run.checkpoint_dir(step)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     adapter = adapters.read_adapter(folder / "adapter.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
-    loaded = {}
-    for i, (name, parameter) in enumerate(named_parameters(parts).items()):
-        loaded[i] = {kind: moments[f"{name}.{kind}"] for kind in MOMENTS}
-        if loaded[i]["exp_avg"].shape != parameter.shape:
-            raise ValueError(f"the optimizer state of {name} has the wrong shape")
+    return state, adapter, load_file(folder / "optimizer.safetensors")
+
+
+@torch.no_grad()
+def load_checkpoint(run: Run, step: int, parts: dict[str, nn.Module], optimizer, scaler=None) -> dict[str, Any]:
+    """Put that checkpoint into the injected parts and their optimizer, bit for bit; returns state.json.
+
+    Raises OSError, ValueError, KeyError or SafetensorError, and changes nothing, when it is broken or does not fit.
+    """
+    state, adapter, moments = read_checkpoint(run, step)
+    weights = {}
     for part, model in parts.items():
-        layers = adapters.with_prefix(part, model, adapter.of(part))
-        weights = {f"{name}.{kind}": t for name, layer in layers.items() for kind, t in layer.tensors().items()}
-        lora.load_lora_state_dict(model, weights)
-    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, layer in adapters.with_prefix(part, model, adapter.of(part)).items():
+            weights |= {f"{part}.{name}.{kind}": tensor for kind, tensor in layer.tensors().items()}
+    parameters, loaded = named_parameters(parts), {}
+    for i, (name, parameter) in enumerate(parameters.items()):
+        loaded[i] = {kind: moments[f"{name}.{kind}"] for kind in MOMENTS}
+        if not loaded[i]["exp_avg"].shape == weights[name].shape == parameter.shape:
+            raise ValueError(f"{name} or its optimizer state has the wrong shape")
     if scaler is not None:
         scaler.load_state_dict(state["scaler"])
+    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
     return state
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import adapters, cards, data, lora, provenance
 from helpers.caches import LatentCache, build_cache
-from helpers.checkpoints import keep_checkpoints, load_last_checkpoint, save_checkpoint
+from helpers.checkpoints import keep_checkpoints, load_last_checkpoint, read_checkpoint, save_checkpoint
 from helpers.components import Components, load_components, to_pictures, to_pil
 from helpers.draws import draw_step, steps_per_epoch
 from helpers.guards import check_latents, check_model, check_same_data, disk_errors, locked
@@ -168,8 +169,10 @@ def training_forward(loop: Loop) -> Iterator[Loop]:
     if not loop.config.compile:
         yield loop
         return
-    yield replace(loop, components=replace(loop.components, unet=torch.compile(loop.components.unet)))
-    torch.compiler.reset()
+    try:
+        yield replace(loop, components=replace(loop.components, unet=torch.compile(loop.components.unet)))
+    finally:
+        torch.compiler.reset()
 
 
 def finish(loop: Loop, seconds: float) -> None:
@@ -311,19 +314,24 @@ def resume_from(
     """Train a copy of a run from one of its checkpoints to the end, in the new folder `target`.
 
     step: which checkpoint; by default the last one before the end. It shows that a finished run is what its settings
-    give: compare the adapters. Raises TrainingError when the run has no such checkpoint, or the base model or the
-    dataset has changed since.
+    give: compare the adapters. Raises TrainingError when the run has no such checkpoint, when that is damaged, or when
+    the base model or the dataset has changed since.
     """
     preset = preset or get_preset(run.preset)
     earlier = [known for known in run.checkpoints() if known < preset.train.steps]
     if not earlier or step not in (None, *earlier):
         wanted = f"before step {preset.train.steps}" if step is None else f"of step {step}; known: {earlier}"
         raise TrainingError(f"the run {run.dir.name} has no checkpoint {wanted}")
+    step = earlier[-1] if step is None else step
+    try:
+        read_checkpoint(run, step)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"the checkpoint of step {step} of {run.dir.name} is damaged: {error}") from error
     check_same_data(run, run_config(preset, run.dataset, components)["hashes"])
     again = Run(Path(target), run.preset, run.dataset, run.key)
     loop = prepare(again, preset, components, device)
     with locked(again), disk_errors(again):
-        copy_run(run, again.dir, earlier[-1] if step is None else step)
+        copy_run(run, again.dir, step)
         train_and_file(loop, None, progress, None)
     return again
 

@@ -167,6 +167,8 @@ def test_a_runs_folder_that_cannot_be_written_to_is_one_sentence(open_world, tin
     assert str(folder) in sentence(error) and not list(folder.iterdir())
     finished = Run(open_world / "finished", whole.preset, whole.dataset, whole.key)
     shutil.copytree(whole.dir, finished.dir)
+    for path in finished.dir.rglob("*"):
+        path.chmod(0o755)
     with as_nobody(), pytest.raises((TrainingError, OSError)) as error:
         resume_from(finished, folder / "again", make_preset(open_world / "pictures", **BRIEF), tiny)
     assert str(folder) in sentence(error) and not list(folder.iterdir())

@@ -220,6 +220,15 @@ def test_a_process_killed_before_it_deletes_old_checkpoints_leaves_them_to_the_n
     assert not same_run(resumed, whole) and resumed.checkpoints() == whole.checkpoints()
 
 
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(preset, tiny, finished, world):
+    """Falling back is for what was interrupted; who names a checkpoint wants that one."""
+    file = finished.checkpoint_dir(8) / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(TrainingError, match="the checkpoint of step 8 of .* is damaged"):
+        resume_from(finished, world / "again", preset, tiny, step=8)
+    assert not (world / "again").exists()
+
+
 @pytest.fixture(scope="module")
 def generous(pictures, tmp_path_factory):
     """A finished run that kept all of its checkpoints, of steps 2, 4, 6, 8 and 10 and of the best validation."""
