@@ -6,7 +6,7 @@
         state.json               step, seconds spent, versions (and the loss scale in fp16)
 
 A checkpoint appears under its name when it is complete, and not before. No state of a random generator is kept: what
-step k draws depends on k alone (see `helpers.steps`).
+step k draws depends on k alone (see `helpers.draws`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What step k draws depends on (seed, purpose, k) and on nothing else: each draw has its own generator, seeded by a hash
 of the three. So a run that was killed and resumed, validated more often, spread over several processes or cut into
-smaller parts trains on the same numbers.
+smaller parts trains on the same numbers. (Only the masks of LoRA dropout are drawn for each part.)
 """
 
 from __future__ import annotations

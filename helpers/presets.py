@@ -55,7 +55,8 @@ class TrainConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2  # of the last ones; the best one is kept besides
     held_out_eval: int = 32  # held-out pictures whose loss each validation measures; 0 means none
-    # What follows changes time and memory. The result it changes by rounding alone, if at all.
+    # What follows changes time and memory. The result it changes by rounding alone, if at all
+    # (and the masks of LoRA dropout, which are drawn for each part).
     gradient_accumulation_steps: int = 1  # parts that each process cuts its share of a batch into
     gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
     mixed_precision: str = "no"  # "no", "bf16" or "fp16": of the forward pass; A and B stay float32

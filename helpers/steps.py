@@ -8,8 +8,8 @@ One step, of a batch of pictures x with captions c (Rombach et al. 2022, arXiv 2
     loss = mean of w_t * (unet(z_t, t, c) - target)^2      target: eps or v, w_t: 1 or Min-SNR
     AdamW on the LoRA matrices alone, gradients clipped
 
-accelerate knows the device, the precision and the other processes. It is asked for four things only: to run the forward
-pass in the chosen precision, to scale the loss where fp16 needs it, to clip, and to add up over processes.
+accelerate knows the device, the precision and the other processes. In a step it is asked for four things only: to run
+the forward pass in the chosen precision, to scale the loss where fp16 needs it, to clip, and to add up over processes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_trainable(components: Components, config: TrainConfig) -> None:
 
 @contextmanager
 def injected(components: Components, config: TrainConfig, accelerator: Accelerator) -> Iterator[torch.optim.Optimizer]:
-    """The trained parts with fresh LoRA layers, and their optimizer; afterwards the parts are what they were."""
+    """The trained parts with fresh LoRA layers, and their optimizer; afterwards their weights are what they were."""
     unet, device = components.unet, components.device
     targets = {"unet": config.targets, "text_encoder": TEXT_ATTENTION}
     settings = config.rank, config.alpha, config.lora_dropout, config.use_rslora
@@ -191,7 +191,7 @@ def training_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss = sum_over_processes(loss, parameters, accelerator)
     grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the one place where the device is waited for
+    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the one place where results are read back
     check_finite(loss, grad_norm, draw, step, accelerator)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)

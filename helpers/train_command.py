@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
     parser.add_argument("--from-scratch", action="store_true", help="do not take the repository's finished run")
     parser.add_argument("--force", action="store_true", help="throw an existing run away and train again")
-    text = "log there too; may be repeated (Weights & Biases stays offline unless you sign in)"
+    text = "log there too; may be repeated (Weights & Biases stays offline unless WANDB_MODE=online)"
     parser.add_argument("--tracker", action="append", choices=["wandb", "tensorboard"], help=text)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     text = "keep the finished run in the repository as its reference"
