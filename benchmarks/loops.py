@@ -32,7 +32,7 @@ from helpers.components import Components
 from helpers.data import load_pictures, to_tensor
 from helpers.diffusion import add_noise, diffusion_target
 from helpers.draws import draw_step, seeded
-from helpers.presets import TrainConfig, get_preset
+from helpers.presets import Preset, TrainConfig, get_preset
 from helpers.progress import Progress
 from helpers.runs import Run
 from helpers.tracking import Tracker
@@ -137,9 +137,18 @@ class CourseLoop:
 def course_loop(
     settings: Settings, cache: LatentCache, folder: Path, components: Components, held_out: LatentCache | None = None
 ) -> Iterator[CourseLoop]:
+    """The course's loop with the mini preset and these settings; see `preset_loop`."""
+    preset = replace(get_preset("mini"), train=settings.train_config())
+    with preset_loop(preset, cache, folder, components, held_out) as course:
+        yield course
+
+
+@contextmanager
+def preset_loop(
+    preset: Preset, cache: LatentCache, folder: Path, components: Components, held_out: LatentCache | None = None
+) -> Iterator[CourseLoop]:
     """The course's loop on a cache. folder: of its run, for metrics.jsonl; no tracker, no bar."""
-    config = settings.train_config()
-    preset = replace(get_preset("mini"), train=config)
+    config = preset.train
     run = Run(folder, preset.name, DATASET, "benchmark")
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = course_steps.new_accelerator(config, components.device)
@@ -228,21 +237,31 @@ class StockLoop:
     def encode_captions(self, input_ids: Tensor) -> Tensor:
         return self.components.text_encoder(input_ids)[0]
 
-    def update(self, latents: Tensor, states: Tensor) -> float:
-        """Noise, forward, loss, backward, clip and AdamW; returns the loss."""
+    def loss(self, latents: Tensor, states: Tensor) -> Tensor:
+        """Noise, forward and mean squared error in float32, a scalar."""
         scheduler = self.components.noise_scheduler
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         is_velocity = self.components.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-        loss = F.mse_loss(self.components.unet(noisy, timesteps, states).sample, target)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        return F.mse_loss(self.components.unet(noisy, timesteps, states).sample.float(), target.float())
+
+    def update(self, latents: Tensor, states: Tensor) -> float:
+        """Noise, forward, loss, backward, clip and AdamW; returns the loss."""
+        loss = self.loss(latents, states)
+        self.backward(loss)
+        self.clip()
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
     def pieces(self) -> list[Piece]:
         names = {"next_batch": "decoding", "encode_pictures": "vae", "encode_captions": "text_encoder"}

@@ -192,7 +192,9 @@ def test_the_device_slug_names_a_kind_of_device(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(records.RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_results_say_where_they_come_from(path):
-    record = records.read_results(path)["lora_vs_peft"]
+    record = records.read_results(path).get("lora_vs_peft")
+    if record is None:  # a device on which only the others were measured
+        return
     assert set(record["settings"]) == set(vars(pair.Settings())) and VERSIONS <= set(record["versions"])
     assert record["device"] == path.stem and record["threads"] >= 1 and record["code"]["helpers/lora.py"]
     assert all(cost["ratio"] > 0 for cost in record["costs"].values())
