@@ -14,23 +14,26 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from . import hub
 from .presets import ROOT, Preset
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 CLIP_VOCABULARY = 49_408  # every Stable Diffusion 1 and 2 has CLIP's tokenizer; MiniSD has a smaller one of its own
-CHUNK = 16  # pictures or prompts that go through the VAE or the text encoder at once
+CHUNK = 16  # pictures or prompts that go through the VAE or the text encoder at once, at most
+CHUNK_PIXELS = 2 * 512 * 512  # of the pictures that go through the VAE at once: each takes over a GB at 512 pixels
 
 # What a hub repository has to send: one full-precision safetensors file a part, never a pickle.
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *(f"{weights}.safetensors" for weights in WEIGHTS)]
+NEEDED = [f"{weights}.safetensors" for weights in WEIGHTS] + ["scheduler/scheduler_config.json"]
+HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *NEEDED]
 
 
 class ComponentsError(ValueError):
-    """A model cannot be loaded: its folder, a part of it or the hub is missing, or does not fit the preset."""
+    """A model cannot be loaded: its folder or a part of it is missing, or does not fit the preset."""
 
 
 @dataclass
@@ -82,19 +85,22 @@ class Components:
 def load_components(preset: Preset, device: str | torch.device | None = None) -> Components:
     """The parts of the preset's model, frozen, in evaluation mode, on `device` (by default the best there is).
 
-    On a CPU everything is float32; elsewhere it is `preset.dtype`. Only safetensors files are read.
-    Raises ComponentsError (a ValueError) with what to do when weights are missing, damaged or not the preset's.
+    `preset.dtype` is that of the U-Net's weights. VAE and text encoder are float32: they are small and seldom run, and
+    a VAE in half precision may return NaN. Only safetensors files are read.
+    Raises ComponentsError or HubError (ValueErrors), with what to do, when weights are missing or not the preset's.
     """
     device = torch.device(device or default_device())
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
     folder, name = find_model(preset)
     parts = read_parts(folder)
     found = parts["noise_scheduler"].config.prediction_type
     if found != preset.prediction_type:
         raise ComponentsError(f"{name} is a {found} model, but preset {preset.name!r} says {preset.prediction_type}")
     for part in ("text_encoder", "vae", "unet"):
-        parts[part].to(device=device, dtype=dtype).eval().requires_grad_(False)
-    is_minisd = len(parts["tokenizer"]) < CLIP_VOCABULARY
+        parts[part].to(device).eval().requires_grad_(False)
+    nn.Module.to(parts["unet"], resolve_dtype(preset.dtype, device))  # diffusers' own `to` warns of half precision
+    # A table that every step reads: once where the model is
+    parts["noise_scheduler"].alphas_cumprod = parts["noise_scheduler"].alphas_cumprod.to(device)
+    is_minisd = preset.revision is None and len(parts["tokenizer"]) < CLIP_VOCABULARY
     return Components(**parts, name=name, is_minisd=is_minisd, resolution=preset.resolution)
 
 
@@ -103,6 +109,20 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16 by itself (NVIDIA: from Ampere on; a T4 only imitates it, slowly)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is half precision on a CUDA GPU, of the kind that it has, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
 def find_model(preset: Preset) -> tuple[Path, str]:
@@ -116,23 +136,8 @@ def find_model(preset: Preset) -> tuple[Path, str]:
                 f"`git checkout -- {preset.model}`, or name another folder in diffusers layout"
             )
         return folder, folder.name
-    return download(preset)
-
-
-def download(preset: Preset) -> tuple[Path, str]:
-    """The preset's hub repository, else its mirrors in order; files already on this machine are not fetched again."""
-    from huggingface_hub import snapshot_download
-
-    failures = []
-    for repository, revision in ((preset.model, preset.revision), *preset.mirrors):
-        try:
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES)), repository
-        except Exception as error:  # the hub's client raises many kinds; each is told below
-            failures.append(f"{repository}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
-    raise ComponentsError(
-        f"cannot download the model of preset {preset.name!r} ({'; '.join(failures)}); connect to the internet, or "
-        "choose the preset 'mini', which needs no download"
-    )
+    found = hub.fetch(preset.title, preset.repositories, "model", HUB_FILES, NEEDED, preset.download_gb)
+    return found.folder, found.name
 
 
 def read_parts(folder: Path) -> dict:
@@ -213,6 +218,11 @@ def encode_tokens(components: Components, input_ids: Tensor) -> Tensor:
     return torch.cat([components.text_encoder(chunk)[0] for chunk in chunks])
 
 
+def vae_chunk(components: Components) -> int:
+    """How many pictures go through the VAE at once."""
+    return max(1, min(CHUNK, CHUNK_PIXELS // components.resolution**2))
+
+
 @torch.no_grad()
 def to_latents(components: Components, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, each float32 [B, C, h, w], of the latents of pictures [B, 3, H, W] in -1..1.
@@ -221,8 +231,10 @@ def to_latents(components: Components, pictures: Tensor) -> tuple[Tensor, Tensor
     (Rombach et al. 2022, section 3.1 and appendix G).
     """
     scale = components.vae.config.scaling_factor
-    pictures = pictures.to(components.device, components.vae.dtype)
-    posteriors = [components.vae.encode(chunk).latent_dist for chunk in pictures.split(CHUNK)]
+    posteriors = [
+        components.vae.encode(chunk.to(components.device, components.vae.dtype)).latent_dist
+        for chunk in pictures.split(vae_chunk(components))
+    ]
     mean = torch.cat([posterior.mean for posterior in posteriors]).float()
     std = torch.cat([posterior.std for posterior in posteriors]).float()
     return mean * scale, std * scale
@@ -232,7 +244,7 @@ def to_latents(components: Components, pictures: Tensor) -> tuple[Tensor, Tensor
 def to_pictures(components: Components, latents: Tensor) -> Tensor:
     """Pictures float32 [B, 3, H, W] in 0..1 that the VAE decodes from latents [B, C, h, w]."""
     latents = latents.to(components.device, components.vae.dtype) / components.vae.config.scaling_factor
-    decoded = torch.cat([components.vae.decode(chunk).sample for chunk in latents.split(CHUNK)])
+    decoded = torch.cat([components.vae.decode(chunk).sample for chunk in latents.split(vae_chunk(components))])
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -12,15 +12,25 @@ from datasets import Image as ImageColumn
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from . import hub
 from .components import Components
-from .folders import DataError, as_caption, from_folder, from_parquet, missing_column, no_size_warning, unreadable
-from .presets import DatasetSpec
+from .folders import (
+    DataError,
+    as_caption,
+    from_folder,
+    from_parquet,
+    missing_column,
+    no_size_warning,
+    quiet_datasets,
+    unreadable,
+)
+from .presets import DatasetSpec, runs_folder
 
 
 def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 64) -> Dataset:
     """The rows of one split, with the columns "image" and "text" (drawn ones also have "scene").
 
-    split: "train" (the first `spec.train_rows` rows) or "held_out" (the `spec.held_out_rows` after them, if there are).
+    split: "train" or "held_out"; which rows those are, `spec.split` says (see `split_rows`).
     size: pixels on a side, for drawn pictures; others keep theirs until `to_tensor`.
     A caption that is missing or blank becomes "", which `describe_captions` counts.
     Raises DataError when there is no such dataset or column, when a caption is not text or all of them are empty, and
@@ -41,11 +51,23 @@ def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 64) -> Da
     return dataset
 
 
-def split_rows(spec: DatasetSpec, split: str, total: int) -> range:
-    """Which of `total` rows make the split. A short dataset gives its rows to training first."""
-    first = 0 if split == "train" else spec.train_rows
+def split_rows(spec: DatasetSpec, split: str, total: int) -> range | list[int]:
+    """Which of `total` rows make the split "train" or "held_out". A short dataset gives its rows to training first.
+
+    spec.split "first": the first `train_rows`, and the `held_out_rows` after them. "alternate": the first `train_rows`
+    of 0, 2, 4 …, and `held_out_rows` of 1, 3, 5 …, evenly spread. Raises DataError for another one.
+    """
     count = spec.train_rows if split == "train" else spec.held_out_rows
-    return range(min(first, total), min(first + count, total))
+    if spec.split == "first":
+        first = 0 if split == "train" else spec.train_rows
+        return range(min(first, total), min(first + count, total))
+    if spec.split != "alternate":
+        raise DataError(f"unknown split {spec.split!r} of the dataset {spec.name}; known: first, alternate")
+    if split == "train":
+        return range(0, total, 2)[:count]
+    odd = range(1, total, 2)
+    count = min(count, len(odd))
+    return [odd[i * len(odd) // count] for i in range(count)]
 
 
 def drawn_rows(style: str, split: str, size: int, rows: int) -> Dataset:
@@ -55,15 +77,21 @@ def drawn_rows(style: str, split: str, size: int, rows: int) -> Dataset:
     return dataset if rows else dataset.select([])
 
 
+def hub_copy(spec: DatasetSpec) -> hub.Copy:
+    """The files of a hub dataset on this machine, downloaded if they are not. Raises HubError."""
+    repositories = [(spec.source.partition(":")[2], spec.revision)]
+    return hub.fetch(f"the dataset {spec.name}", repositories, "dataset", download_gb=spec.download_gb)
+
+
 def from_hub(repository: str, spec: DatasetSpec) -> Dataset:
+    """The rows of a hub dataset's split "train", copied to `runs/cache/datasets` as Arrow files."""
+    folder = hub_copy(spec).folder
     try:
-        return load_dataset(repository, split="train", revision=spec.revision)
-    except Exception as error:  # no network, no such repository, a damaged file: all told the same way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise DataError(
-            f"cannot load the dataset {repository} from the Hugging Face hub ({reason}); connect to the internet, or "
-            "use a drawn dataset, which needs no download"
-        ) from error
+        with quiet_datasets():
+            return load_dataset(str(folder), split="train", cache_dir=str(runs_folder() / "cache" / "datasets"))
+    except Exception as error:  # the datasets library has many kinds for what it cannot read
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise DataError(f"cannot read the dataset {repository} in {folder}: {lines[0]}") from error
 
 
 def with_standard_columns(dataset: Dataset, spec: DatasetSpec) -> Dataset:

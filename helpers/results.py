@@ -17,13 +17,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from . import provenance
-from .presets import ROOT, Preset, get_preset, runs_folder
+from . import hub, provenance
+from .presets import ROOT, DatasetSpec, Preset, get_preset, runs_folder
 
 # What a measured number depends on: all of `helpers` except what only shows, starts or reports.
 _NOT_MEASURING = {
-    *("adapter_commands.py", "cards.py", "checks.py", "cli.py", "figures.py", "notebooks.py", "report.py"),
-    *("progress.py", "results.py", "tracking.py", "train_command.py", "widgets.py"),
+    *("adapter_commands.py", "cards.py", "checks.py", "cli.py", "colab.py", "doctor.py", "figures.py", "hub.py"),
+    *("machine.py", "notebooks.py", "progress.py", "report.py", "results.py", "sd_configs.py", "tracking.py"),
+    *("train_command.py", "widgets.py"),
 }
 
 
@@ -187,7 +188,10 @@ def measuring_code_hash() -> str:
 
 def _weights_hash(preset: Preset) -> str | None:
     """Content hash of the base model: of its folder, or the revision it is pinned to on the hub."""
-    return preset.revision if preset.model_folder is None else _folder_hash(preset.model_folder)
+    if preset.model_folder is not None:
+        return _folder_hash(preset.model_folder)
+    own = hub.find_local(preset.repositories)
+    return _folder_hash(own.folder) if own else preset.revision
 
 
 @lru_cache
@@ -203,11 +207,20 @@ def _data_hashes(preset: Preset) -> dict[str, str]:
     return {spec.name: _data_hash(spec, preset.resolution, preset.train.seed) for spec in preset.datasets}
 
 
-@lru_cache
-def _data_hash(spec: Any, resolution: int, seed: int) -> str:
+def _data_hash(spec: DatasetSpec, resolution: int, seed: int) -> str:
     kind, _, where = spec.source.partition(":")
-    if kind != "drawn":
-        return f"{spec.source}@{spec.revision or 'main'}"
+    if kind == "drawn":
+        return _drawn_hash(spec, resolution, seed)
+    if kind != "hub":
+        return spec.source
+    found = hub.find_local([(where, spec.revision)]) or hub.find_cached([(where, spec.revision)], "dataset")
+    commit = found.commit or "a copy of one's own" if found else spec.revision or "main"
+    return f"{spec.source}@{commit}"
+
+
+@lru_cache
+def _drawn_hash(spec: DatasetSpec, resolution: int, seed: int) -> str:
+    where = spec.source.partition(":")[2]
     from .world.datasets import fingerprint
 
     return fingerprint(where, "train", resolution, spec.train_rows, seed)[:12]

@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from helpers import components, presets, provenance
+from helpers import components, data, hub, presets, provenance
 from helpers.folders import find_path, visible_paths
 from helpers.presets import DatasetSpec, Preset
 
@@ -53,13 +53,18 @@ class TrainingError(RuntimeError):
 
 
 def weights_fingerprint(preset: Preset, parts: components.Components | None = None) -> str:
-    """Names the base model's weights: their hash, or repository@revision, which the hub guarantees not to change."""
+    """Names the base model's weights: their hash, or repository@revision, which the hub guarantees not to change.
+
+    Mirrors hold the same weights, so that it does not matter which of them was there. A copy of one's own
+    (COURSE_LOCAL) may be anything, and is hashed.
+    """
     if parts is not None:
         modules = {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
         state = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
         return provenance.tensor_hash(state)
     if preset.model_folder is None:
-        return f"{preset.model}@{preset.revision}"
+        own = hub.find_local(preset.repositories)
+        return provenance.folder_weights_hash(own.folder) if own else f"{preset.model}@{preset.revision}"
     if not preset.model_folder.is_dir():
         raise components.ComponentsError(
             f"the base model of preset {preset.name!r} is missing: no folder {preset.model}. "
@@ -70,7 +75,7 @@ def weights_fingerprint(preset: Preset, parts: components.Components | None = No
 
 
 def data_fingerprint(spec: DatasetSpec, resolution: int) -> str:
-    """Names the pictures and captions: a hash of their recipe, of the folder's bytes, or the hub's revision."""
+    """Names the pictures and captions: a hash of their recipe, of the folder's bytes, or the hub's commit."""
     kind, _, where = spec.source.partition(":")
     if kind == "drawn":
         from helpers.world.datasets import fingerprint
@@ -78,12 +83,16 @@ def data_fingerprint(spec: DatasetSpec, resolution: int) -> str:
         parts = [fingerprint(where, "train", resolution, spec.train_rows, 0)]
         parts += [fingerprint(where, "held_out", resolution, spec.held_out_rows, 0)] if spec.held_out_rows else []
         return digest(parts)
-    if kind in ("folder", "parquet"):
-        root = find_path(where)
+    rows = [spec.image_column, spec.text_column, spec.train_rows, spec.held_out_rows, spec.split]
+    if kind in ("folder", "parquet", "hub"):
+        copy = data.hub_copy(spec) if kind == "hub" else None
+        if copy and copy.commit:
+            return digest([spec.source, copy.commit, *rows])
+        root = copy.folder if copy else find_path(where)
         paths = [root] if root.is_file() else [path for path in visible_paths(root) if path.is_file()]
         files = [(path.relative_to(root).as_posix(), provenance.file_hash(path)) for path in paths]
-        return digest([files, spec.image_column, spec.text_column, spec.train_rows, spec.held_out_rows])
-    return digest(asdict(spec))
+        return digest([files, *rows])
+    raise data.DataError(f"unknown source {spec.source!r}")
 
 
 def run_config(preset: Preset, dataset_name: str, parts: components.Components | None = None) -> dict:
@@ -91,7 +100,7 @@ def run_config(preset: Preset, dataset_name: str, parts: components.Components |
     spec = preset.datasets[dataset_name]
     modules = [presets.ROOT / "helpers" / f"{name}.py" for name in CODE]
     config = {
-        "dataset": asdict(spec),
+        "dataset": {name: value for name, value in asdict(spec).items() if name not in ("licence", "download_gb")},
         "train": asdict(preset.train),
         "resolution": preset.resolution,
         "prediction_type": preset.prediction_type,

@@ -341,12 +341,14 @@ def test_train_takes_a_parquet_file(trained, tmp_path, monkeypatch, option):
 def test_train_takes_a_hub_dataset(trained, monkeypatch, tmp_path, capsys):
     from datasets import Dataset
 
-    from helpers import data
+    from helpers import data, hub
 
     asked = []
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     rows = Dataset.from_dict({"image": [str(tmp_path / "x.png")] * 5, "text": list("abcde")})
-    monkeypatch.setattr(data, "load_dataset", lambda name, split, revision: asked.append((name, revision)) or rows)
+    monkeypatch.setattr(data, "load_dataset", lambda place, split, cache_dir: rows)
+    copy = hub.Copy(tmp_path, "some-one/pokemon.blip", "c" * 40)
+    monkeypatch.setattr(hub, "fetch", lambda what, repositories, *args, **settings: asked.append(*repositories) or copy)
     spec = trained("--data", "some-one/pokemon.blip", "--revision", "abc", "--held-out", "2")["spec"]
     assert asked == [("some-one/pokemon.blip", "abc")]
     assert (spec.name, spec.source, spec.revision) == ("pokemon_blip", "hub:some-one/pokemon.blip", "abc")
@@ -485,20 +487,6 @@ def test_measured_numbers_are_compared(tmp_path):
     assert checks.measured_numbers(environment, committed).failed == 0
     write("measured", 1.5)
     assert checks.measured_numbers(environment, committed).failed == 1
-
-
-def test_doctor_reports_missing_weights(capsys, monkeypatch, tmp_path):
-    from dataclasses import replace
-
-    monkeypatch.setattr(checks, "get_preset", lambda name: replace(get_preset(name), model=str(tmp_path)))
-    assert cli.main(["doctor"]) == 1
-    said = capsys.readouterr().out
-    assert "!!  MiniSD" in said and "ok  Python" in said and "course run" in said
-
-
-@pytest.mark.parametrize(("gpu", "preset"), [(0, "MiniSD needs no GPU"), (16, "sd21-base"), (24, "sd21`")])
-def test_doctor_recommends_what_fits(gpu, preset):
-    assert preset in checks._advice(gpu)
 
 
 def test_the_command_starts_without_torch():

@@ -120,23 +120,6 @@ def test_another_prediction_type_than_the_preset_says_is_refused(preset):
         c.load_components(dataclasses.replace(preset, prediction_type="epsilon"))
 
 
-def test_hub_tries_mirrors_in_order_and_tells_every_failure(preset, folder, monkeypatch):
-    asked = []
-
-    def snapshot(repository, revision, allow_patterns):
-        asked.append((repository, revision))
-        if repository != "c/good":
-            raise OSError(f"{repository} is gone")
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    hub = dataclasses.replace(preset, model="a/first", revision="r1", mirrors=(("b/second", "r2"), ("c/good", "r3")))
-    assert c.load_components(hub, "cpu").name == "c/good"
-    assert asked == [("a/first", "r1"), ("b/second", "r2"), ("c/good", "r3")]
-    with pytest.raises(c.ComponentsError, match="a/first is gone.*b/second is gone.*mini"):
-        c.load_components(dataclasses.replace(hub, mirrors=(("b/second", "r2"),)))
-
-
 def test_only_safetensors_are_downloaded():
     files = [pattern for pattern in c.HUB_FILES if not pattern.endswith(".json")]
     assert all(pattern.endswith(".safetensors") or pattern == "tokenizer/*" for pattern in files)

@@ -18,9 +18,9 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from helpers import data
+from helpers import data, hub
 from helpers.data import DataError, caption_sentence, describe_captions, load_pictures, read_picture, to_tensor
-from helpers.presets import DatasetSpec
+from helpers.presets import DatasetSpec, get_preset
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -343,27 +343,61 @@ def test_hub_columns_are_renamed_and_a_missing_one_named(monkeypatch, folder):
     rows = {"pic": [str(folder / "0.png")], "blip": ["a cat"], "text": ["other"]}
     asked = {}
 
-    def load_dataset(repository, split, revision):
-        asked.update(repository=repository, split=split, revision=revision)
+    def load_dataset(place, split, cache_dir):
+        asked.update(place=place, split=split)
         return Dataset.from_dict(rows).cast_column("pic", ImageColumn())
 
+    def fetch(what, repositories, kind, download_gb):
+        asked.update(repositories=repositories, kind=kind)
+        return hub.Copy(folder, "a/b", "c" * 40)
+
     monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "fetch", fetch)
     spec = DatasetSpec("d", "hub:a/b", image_column="pic", text_column="blip", revision="abc")
     dataset = load_pictures(spec)
-    assert asked == {"repository": "a/b", "split": "train", "revision": "abc"}
+    assert asked == {"place": str(folder), "split": "train", "repositories": [("a/b", "abc")], "kind": "dataset"}
     assert dataset.column_names == ["image", "text"]
     assert (dataset[0]["text"], dataset[0]["image"].size) == ("a cat", (20, 16))
     with pytest.raises(DataError, match="d has no column 'label'; its columns are: pic, blip, text"):
         load_pictures(replace(spec, text_column="label"))
 
 
-def test_hub_failure_says_what_to_do(monkeypatch):
-    def load_dataset(*args, **settings):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="cannot load the dataset a/b .*no route.*use a drawn dataset"):
+def test_a_download_that_holds_no_dataset_is_told(monkeypatch, tmp_path):
+    (tmp_path / "data.parquet").write_bytes(b"not a table")
+    monkeypatch.setattr(hub, "fetch", lambda *args, **settings: hub.Copy(tmp_path, "a/b", "c" * 40))
+    with pytest.raises(DataError, match="cannot read the dataset a/b in "):
         load_pictures(DatasetSpec("d", "hub:a/b"))
+
+
+@pytest.mark.parametrize(
+    ("total", "train", "held_out"),
+    [
+        (20, [0, 2, 4, 6, 8, 10], [1, 7, 13]),  # of 1, 3 … 19, three evenly spread
+        (5, [0, 2, 4], [1, 3]),
+        (1, [0], []),
+        (0, [], []),
+    ],
+)
+def test_alternate_rows_train_and_measure(total, train, held_out):
+    spec = DatasetSpec("d", "hub:a/b", train_rows=6, held_out_rows=3, split="alternate")
+    found = {split: list(data.split_rows(spec, split, total)) for split in ("train", "held_out")}
+    assert found == {"train": train, "held_out": held_out}
+
+
+def test_the_homeworks_split_of_the_vintage_pictures():
+    """685 of 1,370 rows train, none of them is held out, and both come from all over the dataset."""
+    spec = get_preset("sd21-base").datasets["vintage"]
+    train, held_out = (list(data.split_rows(spec, split, 1370)) for split in ("train", "held_out"))
+    assert (len(train), len(held_out), len(set(held_out))) == (685, 200, 200)
+    assert not set(train) & set(held_out)
+    for rows in (train, held_out):
+        assert rows[0] < 10 and rows[-1] > 1355
+        assert abs(sum(row < 685 for row in rows) - len(rows) / 2) <= 1
+
+
+def test_an_unknown_split_is_named():
+    with pytest.raises(DataError, match="unknown split 'random' of the dataset d; known: first, alternate"):
+        data.split_rows(DatasetSpec("d", "hub:a/b", split="random"), "train", 10)
 
 
 def test_drawn_pictures_have_the_columns_and_the_size(monkeypatch, tmp_path):
