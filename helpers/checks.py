@@ -1,9 +1,8 @@
-"""`course check`: every test there is, one after the other; and `course doctor`: is this machine ready?"""
+"""`course check`: every test there is, one after the other."""
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import notebooks
-from .presets import ROOT, get_preset, runs_folder
+from .presets import ROOT, runs_folder
 from .results import comparable, compare
 
 SANITIZE = ROOT / "notebooks" / "nbval_sanitize.cfg"
@@ -120,47 +119,3 @@ def _counts(report: Path) -> tuple[int, int, int]:
         return 0, 0, 0
     number = {name: sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")}
     return number["tests"], number["failures"] + number["errors"], number["skipped"]
-
-
-# ------------------------------------------------------------------------------------------------------- doctor
-def doctor() -> tuple[list[tuple[str, str, bool]], str]:
-    """What the course needs of this machine: rows of (what, what was found, whether it will do), and advice."""
-    import psutil
-    import torch
-
-    from .components import default_device
-    from .provenance import versions
-
-    found = versions()
-    memory, free = psutil.virtual_memory().total / 2**30, shutil.disk_usage(ROOT).free / 2**30
-    weights = get_preset("mini").model_folder
-    present = all((weights / part).is_dir() for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
-    device = default_device()
-    gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else 0.0
-    rows = [
-        ("Python", f"{platform.python_version()} (3.11 or newer)", sys.version_info >= (3, 11)),
-        ("torch", f"{found['torch']} (2.6 or newer)", _at_least(found["torch"], (2, 6))),
-        ("diffusers", found["diffusers"], found["diffusers"] != "not installed"),
-        ("transformers", found["transformers"], found["transformers"] != "not installed"),
-        ("device", f"{found['device']}" + (f", {gpu:.0f} GiB" if gpu else ""), True),
-        ("processors", f"{os.cpu_count()}", True),
-        ("memory", f"{memory:.0f} GiB (4 or more)", memory >= 3.5),
-        ("free disk", f"{free:.0f} GiB (2 or more)", free >= 2),
-        ("MiniSD", "weights found" if present else f"no weights in {notebooks.short(weights)}", present),
-        ("notebooks", f"{len(notebooks.committed())}", bool(notebooks.committed())),
-    ]
-    return rows, _advice(gpu)
-
-
-def _at_least(version: str, wanted: tuple[int, int]) -> bool:
-    numbers = version.split("+")[0].split(".")[:2]
-    return all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) >= wanted
-
-
-def _advice(gpu: float) -> str:
-    """Which preset suits this machine. At 512 pixels and batch 8, Stable Diffusion 2.1 trains in about 16 GiB."""
-    if gpu >= 23:
-        return "`course run` (MiniSD) works here; so does Stable Diffusion: `course run --preset sd21`"
-    if gpu >= 15:
-        return "`course run` (MiniSD) works here; so does Stable Diffusion: `course run --preset sd21-base`"
-    return "`course run` is the one for this machine: MiniSD needs no GPU; `--preset smoke` is a short trial"

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("COURSE_DEBUG") or not _is_readers(error):
             raise
-        print(f"course: {_sentence(error)}", file=sys.stderr)
+        sentence = memory_advice(given.preset) if _is_out_of_memory(error) else _sentence(error)
+        print(f"course: {sentence}", file=sys.stderr)
         return 1
 
 
@@ -46,7 +47,26 @@ def _is_readers(error: Exception) -> bool:
     # A module that a command has not imported cannot have raised its error.
     own = {"helpers.runs": "TrainingError", "helpers.report": "ReportError"}
     own_errors = tuple(getattr(sys.modules.get(module), name, CourseError) for module, name in own.items())
-    return isinstance(error, expected + own_errors)
+    return isinstance(error, expected + own_errors) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, which may not have been imported
+
+
+def memory_advice(preset: str) -> str:
+    from .machine import out_of_memory
+
+    return out_of_memory(preset)
+
+
+def warn_without_gpu(preset: Preset) -> None:
+    """Stable Diffusion on a CPU works, and takes a patience that one should know of before."""
+    if preset.revision is not None:
+        from .machine import notes_without_gpu
+
+        for note in notes_without_gpu(preset):
+            print(f"note: {note}")
 
 
 def _sentence(error: Exception) -> str:
@@ -97,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
 
     again = add("notebooks", refresh_notebooks, "execute the committed notebooks in place and clean them", preset=False)
     again.add_argument("--only", metavar="01,02", help="only these notebooks")
+
+    colab = add("colab", write_badges, "badges and set-up cells that open the notebooks in Google Colab", preset=False)
+    colab.add_argument("address", help="of the repository: https://github.com/OWNER/NAME")
     return parser
 
 
@@ -105,13 +128,14 @@ def run_course(given: argparse.Namespace) -> int:
     """`course run`: notebooks → results, figures, report. Only the default preset's full run publishes."""
     from . import notebooks
 
-    get_preset(given.preset)
+    preset = get_preset(given.preset)
     settings = parse_settings(given.set)
+    warn_without_gpu(preset)
     paths = notebooks.select(given.only)
-    print(f"{PRESETS[given.preset].title}: {len(paths)} notebooks")
+    print(f"{preset.title}: {len(paths)} notebooks")
     done = notebooks.run_all(given.preset, paths, settings, given.force)
     full = given.only is None and not settings
-    if full and PRESETS[given.preset].revision is None:
+    if full and preset.revision is None:
         notebooks.write_durations(given.preset, done)
     summary(given.preset, done, publish=full and given.preset == DEFAULT)
     return 0
@@ -188,13 +212,13 @@ def check_course(given: argparse.Namespace) -> int:
 
 def examine(given: argparse.Namespace) -> int:
     """`course doctor`: what was found, and 1 when the course cannot run."""
-    from .checks import doctor
+    from . import doctor
 
-    rows, advice = doctor()
-    for what, found, fine in rows:
-        print(f"{'ok' if fine else '!!'}  {what:<13}{found}")
+    findings, advice = doctor.examine()
+    for finding in findings:
+        print(f"{finding.state}  {finding.what:<14}{finding.found}")
     print(advice)
-    return 0 if all(fine for _, _, fine in rows) else 1
+    return 1 if any(finding.state == doctor.WRONG for finding in findings) else 0
 
 
 def refresh_notebooks(given: argparse.Namespace) -> int:
@@ -212,6 +236,17 @@ def refresh_notebooks(given: argparse.Namespace) -> int:
         wrong += bool(found)
     print(f"{len(paths)} notebooks refreshed in {notebooks.short(notebooks.FOLDER)}/, {wrong} with problems")
     return 1 if wrong else 0
+
+
+def write_badges(given: argparse.Namespace) -> int:
+    """`course colab ADDRESS`: what the notebooks need to be opened in Colab from that repository."""
+    from . import colab, notebooks
+
+    paths = notebooks.select()
+    for path in paths:
+        colab.stamp(path, given.address)
+    print(f"{len(paths)} notebooks open in Google Colab from {given.address}, once they are there")
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------- figure
@@ -282,6 +317,7 @@ def sample_pictures(given: argparse.Namespace) -> int:
     preset = get_preset(given.preset)
     if given.count < 1 or (given.steps is not None and given.steps < 1):
         raise CourseError("--count and --steps must be at least 1")
+    warn_without_gpu(preset)
     adapter = find_adapter(preset, given.adapter) if given.adapter else None
     pictures = draw(preset, given, adapter)
     words = "-".join(re.findall(r"\w+", given.prompt[0].lower())[:8]) or "empty"

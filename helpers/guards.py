@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from helpers import presets
+from helpers import machine, presets
 from helpers.caches import LatentCache
 from helpers.components import Components
 from helpers.presets import Preset
@@ -68,6 +69,15 @@ def locked(run: Run) -> Iterator[None]:
             yield
     except Timeout:
         raise TrainingError(f"another process is training the run {run.dir.name}: wait for it, or stop it") from None
+
+
+@contextmanager
+def memory_errors(preset: Preset) -> Iterator[None]:
+    """CUDA's out of memory as one sentence that says which settings take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(machine.out_of_memory(preset.name)) from error
 
 
 @contextmanager

@@ -26,13 +26,14 @@ import nbformat
 from PIL import Image
 
 from .figures import jpeg
-from .presets import ROOT, get_preset
+from .presets import PRESETS, ROOT, get_preset
 from .provenance import atomic_path, code_hash, versions, write_json_atomic
 from .results import Results, output_folder
 
 FOLDER = ROOT / "notebooks"
 DURATIONS = FOLDER / "durations.json"
 TIMEOUT = 1800  # seconds for one cell
+LONG_TIMEOUT = 24 * 3600  # for one that trains Stable Diffusion
 # The course needs no network and no account: libraries must not try, and must not mention it in a notebook's output.
 HEADLESS = {"COURSE_HEADLESS": "1"}  # nobody is there to move a slider, see helpers.widgets
 OFFLINE = HEADLESS | {
@@ -48,7 +49,10 @@ OFFLINE = HEADLESS | {
 MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 40
 # Helpers that no notebook's result depends on.
-_NOT_EXECUTED = {"adapter_commands.py", "checks.py", "cli.py", "notebooks.py", "report.py", "train_command.py"}
+_NOT_EXECUTED = {
+    *("adapter_commands.py", "checks.py", "cli.py", "colab.py", "doctor.py", "notebooks.py", "report.py"),
+    "train_command.py",
+}
 
 
 class CourseError(Exception):
@@ -112,14 +116,15 @@ def check_parameters(given: dict[str, Any], paths: list[Path]) -> None:
 def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[str, str] | None = None) -> float:
     """Executes a notebook with parameters into another file and returns the seconds it took.
 
-    Every cell has `TIMEOUT` seconds. The kernel is this Python's, whatever kernels the user has installed.
+    Every cell has `TIMEOUT` seconds, or `LONG_TIMEOUT` where Stable Diffusion may train in it. The kernel is this
+    Python's, whatever kernels the user has installed.
     When a cell fails, the notebook as far as it came stays beside `output` as `<name>.failed.ipynb`.
     Raises CourseError, naming the failing cell, and for a parameter that the notebook does not have.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    known = parameters(path)
+    known, timeout = parameters(path), cell_timeout(given.get("PRESET", "mini"))
     for name in given:
         if name not in known:
             listing = ", ".join(known) or "none"
@@ -143,19 +148,23 @@ def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[s
                 parameters=given,
                 kernel_name="python3",
                 cwd=str(path.parent),
-                execution_timeout=TIMEOUT,
+                execution_timeout=timeout,
                 progress_bar=False,
                 log_output=False,
             )
     except papermill.PapermillExecutionError as error:
         os.replace(temporary, failed)
         reason = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}").strip().splitlines()[0]
+        if error.ename == "OutOfMemoryError":
+            from .machine import out_of_memory
+
+            reason = out_of_memory(given.get("PRESET", "mini"))
         where = f"the code cell executed as [{error.exec_count}]"
         raise CourseError(f"{path.name} failed in {where}: {reason} (kept as {short(failed)})") from None
     except (CellTimeoutError, DeadKernelError) as error:
         if temporary.exists():
             os.replace(temporary, failed)
-        took = f"a cell ran longer than {TIMEOUT} s" if isinstance(error, CellTimeoutError) else "its kernel died"
+        took = f"a cell ran longer than {timeout} s" if isinstance(error, CellTimeoutError) else "its kernel died"
         raise CourseError(f"{path.name} failed: {took} (kept as {short(failed)})") from None
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)
@@ -163,6 +172,12 @@ def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[s
     os.replace(temporary, output)
     failed.unlink(missing_ok=True)
     return time.monotonic() - start
+
+
+def cell_timeout(preset: str) -> int:
+    """Seconds that a cell may take with a preset of that name."""
+    known = PRESETS.get(preset.split("@")[0])
+    return LONG_TIMEOUT if known and known.revision is not None else TIMEOUT
 
 
 @contextmanager

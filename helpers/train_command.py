@@ -59,8 +59,11 @@ def train_adapter(given: argparse.Namespace) -> int:
         raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or pictures: --data WHERE")
     else:
         name = preset.datasets[given.dataset].name
+    from .machine import notes_without_gpu
     from .training import train
 
+    for note in notes_without_gpu(preset):
+        print(f"note: {note}")
     run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
     if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one tells what was done
         return 0

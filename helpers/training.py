@@ -29,7 +29,7 @@ from helpers.caches import LatentCache, build_cache
 from helpers.checkpoints import keep_checkpoints, load_last_checkpoint, read_checkpoint, save_checkpoint
 from helpers.components import Components, load_components, to_pictures, to_pil
 from helpers.draws import draw_step, steps_per_epoch
-from helpers.guards import check_latents, check_model, check_same_data, disk_errors, locked
+from helpers.guards import check_latents, check_model, check_same_data, disk_errors, locked, memory_errors
 from helpers.presets import ROOT, Preset, TrainConfig, get_preset, runs_folder
 from helpers.progress import Progress
 from helpers.runs import (
@@ -235,9 +235,10 @@ def prepare(run: Run, preset: Preset, components: Components | None, device: str
     """Load model and data for a run. Raises TrainingError when the model is not what the preset says."""
     hashes = run_config(preset, run.dataset, components)["hashes"]
     accelerator = new_accelerator(preset.train, components.device if components else device)
-    components = components or load_components(preset, device or accelerator.device)
+    with memory_errors(preset):
+        components = components or load_components(preset, device or accelerator.device)
     check_model(components, preset)
-    with accelerator.main_process_first():  # the first computes what the others then find
+    with memory_errors(preset), accelerator.main_process_first():  # the first computes what the others then find
         cache, held_out = load_caches(preset, run.dataset, components, hashes)
     check_latents(components, cache)
     return Loop(run, preset, components, cache, held_out, accelerator)
@@ -272,7 +273,7 @@ def train(
         return found
     run = Run(run_dir(preset, dataset_name, key), preset.name, dataset_name, key)
     loop = prepare(run, preset, components, device)
-    with locked(run) if loop.writes else nullcontext(), disk_errors(run):
+    with locked(run) if loop.writes else nullcontext(), disk_errors(run), memory_errors(preset):
         if loop.writes:
             if force:
                 shutil.rmtree(run.dir, ignore_errors=True)

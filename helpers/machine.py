@@ -1,0 +1,84 @@
+"""What this machine's GPU can do, and one sentence for what is wrong with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from .components import default_device
+from .presets import MEMORY, Preset, get_preset
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver is installed, which is asked without torch: a torch without CUDA sees no GPU."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def gpu_memory() -> float:
+    """GiB of memory of the CUDA GPU that torch uses; 0 without one."""
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def gpu_problem() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; None when it can, or there is none."""
+    if torch.cuda.is_available() or not has_nvidia_gpu():
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but its torch {torch.__version__} was built without CUDA and cannot use "
+            "it: uninstall torch, and install it with CUDA as pytorch.org/get-started says"
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if "driver" in str(error).lower():
+            return (
+                f"the NVIDIA driver of this machine is too old, or not running, for torch {torch.__version__} with "
+                f"CUDA {torch.version.cuda}: update the driver, or install a torch that was built for an older CUDA"
+            )
+        return f"torch cannot use the NVIDIA GPU of this machine: {str(error).strip().splitlines()[0]}"
+    return "torch sees no NVIDIA GPU, though the driver is there: is CUDA_VISIBLE_DEVICES set to hide it?"
+
+
+def notes_without_gpu(preset: Preset) -> list[str]:
+    """What to know before Stable Diffusion runs on a CPU, where it works and takes much patience; [] elsewhere."""
+    if preset.revision is None or preset.trial or default_device() != "cpu":
+        return []
+    waits = f"without a GPU, {preset.title} takes minutes for a picture and days to train"
+    return [waits, gpu_problem() or "`course doctor` says what suits this machine"]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+# GiB that a GPU tells of, from which on a variant fits; a "16 GB" T4 tells of 14.6.
+RUNGS = {"": 38.0, "24gb": 21.0, "16gb": 14.0, "12gb": 10.5, "8gb": 7.0}
+
+
+def rung_for(gpu_gib: float) -> str | None:
+    """The variant in MEMORY for a GPU of so much memory: "" where nothing need be saved, None for too little."""
+    return next((rung for rung, least in RUNGS.items() if gpu_gib >= least), None)
+
+
+def next_lower(preset_name: str) -> str | None:
+    """The preset's variant that takes less memory than this one, or None when it is at the least already."""
+    base, *variants = preset_name.split("@")
+    if get_preset(base).revision is None:
+        return None
+    rungs = ["", *MEMORY]
+    now = next((variant for variant in variants if variant in MEMORY), "")
+    if now == rungs[-1]:
+        return None
+    others = [variant for variant in variants if variant != now]
+    return "@".join([base, rungs[rungs.index(now) + 1], *others])
+
+
+def out_of_memory(preset_name: str) -> str:
+    """What to do when the GPU's memory did not suffice."""
+    lower = next_lower(preset_name)
+    first = f"take --preset {lower}, which computes each batch in smaller parts" if lower else "lower the resolution"
+    return (
+        f"the GPU's memory does not suffice: {first}; or raise gradient_accumulation_steps, which makes the parts of "
+        "a batch smaller; or set gradient_checkpointing=True; or close other programs on the GPU (see `nvidia-smi`)"
+    )
