@@ -12,17 +12,20 @@ spend that time at every step. A large cache stays on the disk and is read throu
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch import Tensor
 
 from .components import Components, encode_tokens, to_latents, tokenize
 from .data import read_picture, to_tensor
 from .folders import DataError
+from .presets import runs_folder
 from .provenance import atomic_path, tensor_hash, write_json_atomic
 
 CHUNK = 16  # pictures, or captions, that are in memory as tensors at once
@@ -58,8 +61,13 @@ def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str,
     folder = Path(cache_dir) / f"latents-{key[:16]}"
     cache = read_cache(folder, key)
     if cache is None or len(cache) != len(dataset):
-        with atomic_path(folder) as writing:
-            write_cache(components, dataset, writing, key)
+        locks = runs_folder() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{folder.name}.lock"):  # one process at a time
+            for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # behind by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with atomic_path(folder) as writing:
+                write_cache(components, dataset, writing, key)
         cache = read_cache(folder, key)
     return cache
 

@@ -61,7 +61,14 @@ class StepDraw:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> StepDraw:
-        return StepDraw(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """The same on a device. To a CUDA GPU the copies do not wait for what it still computes."""
+        to_gpu = torch.device(device).type == "cuda"
+
+        def moved(tensor: Tensor) -> Tensor:
+            # Only from pinned memory can a GPU copy by itself
+            return tensor.pin_memory().to(device, non_blocking=True) if to_gpu else tensor.to(device)
+
+        return StepDraw(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     def split(self, count: int) -> list[StepDraw]:
         """The same draw in `count` parts, whose sizes differ by at most one; some are empty if b < count."""

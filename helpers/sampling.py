@@ -21,6 +21,8 @@ from .diffusion import add_noise, predicted_noise, predicted_x0
 
 STEPS_OFFSET = 1  # Stable Diffusion's samplers end at timestep 1, not 0
 
+BATCH_PIXELS = 4 * 64 * 64  # latent pixels that are denoised at once
+
 Callback = Callable[[int, int, Tensor], None]
 
 
@@ -96,6 +98,12 @@ def denoise(
     return latents
 
 
+def sampling_batch(components: Components) -> int:
+    """How many prompts are denoised at once: fewer where latents, and with them the U-Net's activations, are large."""
+    _, height, width = components.latent_shape
+    return max(1, min(16, BATCH_PIXELS // (height * width)))
+
+
 def sample(
     components: Components,
     prompts: Sequence[str],
@@ -103,12 +111,13 @@ def sample(
     num_inference_steps: int = 25,
     guidance_scale: float = 4.0,
     callback: Callback | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     strength: float = 1.0,
 ) -> Tensor:
     """Clean latents float32 [B, C, h, w] for B prompts, from noise latents [B, C, h, w]. Deterministic.
 
-    callback(step, timestep, latents) is called after each step of each batch of at most `batch_size` prompts.
+    callback(step, timestep, latents) is called after each step of each batch of at most `batch_size` prompts; by
+    default 16, and fewer where latents are large: 4 at 512 pixels, 1 at 768.
     strength: below 1, only that last share of the steps is taken, and `latents` are noisy ones of their first timestep.
     Raises ValueError when prompts and latents differ in number.
     """
@@ -118,6 +127,7 @@ def sample(
     timesteps = timesteps[len(timesteps) - steps_taken(num_inference_steps, strength) :]
     stride = num_train_timesteps // num_inference_steps
     text = encode_prompts(components, list(prompts))
+    batch_size = batch_size or sampling_batch(components)
     latents = latents.to(components.device, torch.float32)
     done = [
         denoise(components, text_part, part, timesteps, stride, guidance_scale, callback)

@@ -17,15 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
 from helpers import lora
-from helpers.components import Components, default_device
+from helpers.components import Components, default_device, has_bfloat16
 from helpers.diffusion import add_noise, diffusion_target, loss_weights
 from helpers.draws import StepDraw, seeded
 from helpers.presets import TEXT_ATTENTION, TrainConfig
@@ -40,17 +41,36 @@ SMALLEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, something
 def new_accelerator(config: TrainConfig, device: torch.device | str | None = None) -> Accelerator:
     """accelerate's view of this process: its device, its precision, and the other processes of the same run.
 
-    device: that of the model, or None for the best there is. Raises TrainingError for fp16 on a CPU.
+    device: that of the model, or None for the best there is. Raises TrainingError for a precision that it has not.
     """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.device(device or default_device()).type == "cpu"
+    device = torch.device(device or default_device())
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or device.type == "cpu"
+    precision = resolve_precision(config.mixed_precision, torch.device("cpu") if on_cpu else device)
     # accelerate keeps one state a process and refuses another precision, or device, than the first: begin anew
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # A batch is cut into parts by `own_parts`; accelerate must not divide the loss once more
     once = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, gradient_accumulation_plugin=once)
-    if config.mixed_precision == "fp16" and accelerator.scaler is None:
+    # The others wait for the first process while it fills a cache, or validates
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision=precision, gradient_accumulation_plugin=once, kwargs_handlers=[patience]
+    )
+    if precision == "fp16" and accelerator.scaler is None:
         raise TrainingError("mixed_precision fp16 needs a GPU; on a CPU take bf16, or no")
     return accelerator
+
+
+def resolve_precision(mixed_precision: str, device: torch.device) -> str:
+    """Which of "no", "bf16" and "fp16" a setting means on this device.
+
+    "auto" is half precision on a CUDA GPU, of the kind that it has, and "no" elsewhere.
+    Raises TrainingError for bf16 on a GPU that only imitates it.
+    """
+    if mixed_precision == "auto":
+        return "no" if device.type != "cuda" else "bf16" if has_bfloat16(device) else "fp16"
+    if mixed_precision == "bf16" and device.type == "cuda" and not has_bfloat16(device):
+        raise TrainingError("this GPU has no bfloat16 of its own and would be slow: take mixed_precision fp16, or auto")
+    return mixed_precision
 
 
 # --- what trains -------------------------------------------------------------------------------------------------
@@ -122,14 +142,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def own_parts(draw: StepDraw, config: TrainConfig, accelerator: Accelerator) -> Iterator[tuple[int, StepDraw]]:
     """(number, part) of each part of a batch that this process computes; empty ones are left out.
 
-    P processes that accumulate over A parts cut the batch into P * A; process p takes its A neighbours.
+    P processes share the batch out as evenly as it goes; each cuts its share into A parts to accumulate over.
     """
     own = config.gradient_accumulation_steps
-    parts = draw.split(accelerator.num_processes * own)
+    share = draw.split(accelerator.num_processes)[accelerator.process_index]
     first = accelerator.process_index * own
-    for number in range(first, first + own):
-        if len(parts[number]):
-            yield number, parts[number]
+    for number, part in enumerate(share.split(own), start=first):
+        if len(part):
+            yield number, part
 
 
 def sum_over_processes(loss: Tensor, parameters: list[nn.Parameter], accelerator: Accelerator) -> Tensor:

@@ -48,6 +48,7 @@ def held_out_loss(components: Components, cache: LatentCache, seed: int = 0, bat
     Nothing in it is drawn anew, so two values differ because of the model alone. Latents are the posterior's means.
     """
     unet, scheduler = components.unet.eval(), components.noise_scheduler
+    dtype = next(unet.parameters()).dtype
     alphas_cumprod, kind = scheduler.alphas_cumprod.to(components.device), components.prediction_type
     latents = cache.mean.float().contiguous()
     noise = torch.randn(latents.shape, generator=generator_for(seed, "held-out noise", 0))
@@ -61,7 +62,7 @@ def held_out_loss(components: Components, cache: LatentCache, seed: int = 0, bat
             x, n, c = (part[rows].to(components.device) for part in (latents, noise, captions))
             timesteps = torch.full((len(rows),), t, device=components.device)
             noisy = add_noise(x, n, timesteps, alphas_cumprod)
-            output = unet(noisy.to(unet.dtype), timesteps, c.to(unet.dtype)).sample.float()
+            output = unet(noisy.to(dtype), timesteps, c.to(dtype)).sample.float()
             target = diffusion_target(kind, x, n, timesteps, alphas_cumprod)
             total += (output - target).square().mean(dim=(1, 2, 3)).sum().item()
     return total / (len(grid) * len(latents))

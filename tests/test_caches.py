@@ -126,3 +126,14 @@ def test_unreadable_picture_is_named_when_caching(tiny, folder, tmp_path):
 def test_empty_dataset_is_refused(tiny, dataset, tmp_path):
     with pytest.raises(DataError, match="no rows"):
         build_cache(tiny, dataset.select([]), tmp_path, "key")
+
+
+def test_what_a_killed_process_left_behind_is_removed(tiny, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    cache = tmp_path / "cache"
+    left, others = cache / ".latents-key.0123abcd.tmp", cache / ".latents-other.0123abcd.tmp"
+    for folder in (left, others):
+        folder.mkdir(parents=True)
+        (folder / "mean.npy").write_bytes(b"half")
+    build_cache(tiny, dataset, cache, "key")
+    assert not left.exists() and others.exists(), "another cache may be in the making"
