@@ -51,13 +51,17 @@ def find_adapter(preset: Preset, adapter: str) -> Path:
 
     if Path(adapter).exists() or adapter not in preset.datasets.names:
         return Path(adapter)
+    from .hub import HubError
     from .runs import find_run, run_key
 
-    run = find_run(preset, adapter, run_key(preset, adapter))
+    try:
+        run, reason = find_run(preset, adapter, run_key(preset, adapter)), None
+    except HubError as error:  # without its data set a run cannot be told from others
+        run, reason = None, error
     if run is None:
         raise CourseError(
             f"there is no finished run on {adapter!r}: `course train --preset {preset.name} --dataset {adapter}`"
-        )
+        ) from reason
     return run.adapter
 
 

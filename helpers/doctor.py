@@ -114,7 +114,7 @@ def software() -> list[Finding]:
     count = len(notebooks.committed())
     rows = [
         ("Python", f"{platform.python_version()} (3.11 or newer)", sys.version_info >= (3, 11)),
-        ("torch", f"{found['torch']} (2.7 or newer)", at_least(found["torch"], (2, 7))),
+        ("torch", f"{found['torch']} (2.6 or newer)", at_least(found["torch"], (2, 6))),
         ("diffusers", found["diffusers"], found["diffusers"] != "not installed"),
         ("transformers", found["transformers"], found["transformers"] != "not installed"),
         ("MiniSD", "weights found" if present else f"no weights in {notebooks.short(weights)}", present),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers import components as c
 from helpers.minisd import architecture
 from helpers.presets import get_preset
+from helpers.sampling import sampling_batch
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,17 @@ def test_a_resolution_that_the_vae_cannot_halve_is_refused(tiny):
 
 def test_stable_diffusion_is_called_by_its_repository(tiny):
     assert dataclasses.replace(tiny, name="a/b", is_minisd=False).title == "a/b"
+
+
+@pytest.mark.parametrize(("resolution", "pictures", "prompts"), [(16, 16, 16), (512, 2, 4), (768, 1, 1)])
+def test_large_pictures_go_through_the_vae_and_the_unet_a_few_at_a_time(tiny, resolution, pictures, prompts):
+    """At 512 pixels Stable Diffusion's VAE takes over a GB for each; its latents are an eighth as wide."""
+    large = dataclasses.replace(tiny, resolution=resolution)
+    assert c.vae_chunk(large) == pictures
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=[1, 1, 1, 1]))
+    assert sampling_batch(dataclasses.replace(tiny, vae=vae, resolution=resolution)) == prompts
+
+
+def test_the_noise_schedule_lies_where_the_model_is(preset):
+    components = c.load_components(preset, "cpu")
+    assert components.noise_scheduler.alphas_cumprod.device == components.device

@@ -5,6 +5,7 @@ itself raises.
 """
 
 import errno
+import importlib
 import re
 import shutil
 
@@ -16,11 +17,8 @@ from huggingface_hub import errors
 from helpers import hub
 from helpers.hub import HubError, fetch
 
-try:
-    import httpx2 as httpx
-except ImportError:
-    import httpx
-
+# The HTTP library of the hub's client; its versions have different ones
+httpx = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 FILES = {"config.json": b"{}", "unet/model.safetensors": b"weights"}
 COMMIT, OTHER = "a" * 40, "b" * 40
 

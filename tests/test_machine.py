@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook
 
-from helpers import cli, machine
+from helpers import cli, machine, notebooks
 from helpers.guards import memory_errors
 from helpers.presets import MEMORY, get_preset
 from helpers.runs import TrainingError
@@ -96,3 +97,18 @@ def test_stable_diffusion_on_a_cpu_is_announced(monkeypatch):
     assert machine.notes_without_gpu(get_preset("sd15@trial")) == machine.notes_without_gpu(get_preset("mini")) == []
     monkeypatch.setattr(machine, "default_device", lambda: "cuda")
     assert machine.notes_without_gpu(get_preset("sd15")) == []
+
+
+def test_a_notebook_that_runs_out_of_memory_tells_it_too(tmp_path):
+    path = tmp_path / "01_hungry.ipynb"
+    cells = [new_code_cell("PRESET = 'mini'", metadata={"tags": ["parameters"]})]
+    cells.append(new_code_cell("import torch\nraise torch.OutOfMemoryError('CUDA out of memory. Tried to …')"))
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebooks.write(new_notebook(cells=cells, metadata=kernel), path)
+    with pytest.raises(notebooks.CourseError, match=r"01_hungry.ipynb failed .*take --preset sd15@8gb@trial"):
+        notebooks.execute(path, tmp_path / "out.ipynb", {"PRESET": "sd15@12gb@trial"})
+
+
+def test_a_cell_that_trains_stable_diffusion_has_hours():
+    assert notebooks.cell_timeout("mini") == notebooks.cell_timeout("smoke") == notebooks.TIMEOUT <= 3600
+    assert notebooks.cell_timeout("sd21-base@16gb") == notebooks.cell_timeout("sd15") >= 12 * 3600

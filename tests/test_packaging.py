@@ -76,7 +76,7 @@ def third_party_imports() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 found.add(node.module.split(".")[0])
-    own = {"helpers", "tests", "tiny", "training_tools"}
+    own = {"helpers", "tests", "tiny", "training_tools", "hub_cache"}
     return {name for name in found if name not in sys.stdlib_module_names | own}
 
 

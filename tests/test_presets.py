@@ -127,3 +127,62 @@ def test_presets_can_be_made_by_hand():
         get_preset("mini"), datasets=Datasets((DatasetSpec("mine", "folder:pictures"),)), train=TrainConfig(steps=5)
     )
     assert own.datasets["mine"].text_column == "text" and hash(own) == hash(dataclasses.replace(own))
+
+
+# --- Stable Diffusion --------------------------------------------------------------------------------------------
+
+REAL = ("sd21-base", "sd21", "sd15")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_are_pinned_with_mirrors_and_a_licence(name):
+    preset = get_preset(name)
+    assert len(preset.repositories) >= 2 and preset.repositories[0] == (preset.model, preset.revision)
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for _, revision in (*preset.repositories, *presets.CLIP))
+    assert preset.licence and preset.download_gb > 4
+    assert all(spec.licence and spec.download_gb > 0 for spec in preset.datasets)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_homeworks_settings(name):
+    preset = get_preset(name)
+    assert (preset.train.steps, preset.train.batch_size, preset.train.validation_epochs) == (1000, 8, 2)
+    assert [spec.train_rows for spec in preset.datasets] == [1000, 685]
+    portrait, sheriff = "a drawing of Donald Trump with a scarf", "Batman as a sheriff in a vintage style"
+    figures = preset.figure_prompts
+    assert all(figures[f"fig{number:02d}"][0] == portrait for number in (5, 6, 8))
+    assert all(figures[f"fig{number:02d}"][0] == sheriff for number in (4, 7, 9))
+    assert preset.validation_prompts["doodles"][0] == portrait and preset.validation_prompts["vintage"][0] == sheriff
+
+
+def test_a_variant_changes_memory_and_precision_and_nothing_else():
+    plain, variant = get_preset("sd21-base"), get_preset("sd21-base@8gb@fp16")
+    assert variant.name == "sd21-base@8gb@fp16" and plain.train.mixed_precision == plain.dtype == "auto"
+    assert (variant.dtype, variant.train.mixed_precision) == ("float16", "fp16")
+    assert variant.train.gradient_checkpointing and not plain.train.gradient_checkpointing
+    own = {"name": plain.name, "dtype": plain.dtype}
+    settings = {"mixed_precision": "auto", "gradient_checkpointing": False, "gradient_accumulation_steps": 1}
+    assert dataclasses.replace(variant, train=dataclasses.replace(variant.train, **settings), **own) == plain
+
+
+def test_a_trial_is_the_same_in_two_steps():
+    plain, trial = get_preset("sd21-base"), get_preset("sd21-base@trial")
+    assert trial.trial and get_preset("smoke").trial and not plain.trial and not get_preset("mini").trial
+    assert trial.train.steps == 2 and max(spec.train_rows for spec in trial.datasets) <= 8
+    for same in ("model", "revision", "mirrors", "resolution", "prediction_type", "figure_prompts", "dtype"):
+        assert getattr(trial, same) == getattr(plain, same)
+    assert (trial.train.rank, trial.train.targets) == (plain.train.rank, plain.train.targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, 12gb, 8gb, fp32, bf16, fp16, trial"),
+        ("mini@8gb", "'8gb' is for Stable Diffusion"),
+        ("mini@trial", "its trial is the preset 'smoke'"),
+        ("sd22@8gb", "unknown preset 'sd22'"),
+    ],
+)
+def test_variants_that_are_not_there_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_preset(name)

@@ -241,3 +241,15 @@ def test_all_processes_together_compute_each_picture_once(processes, parts, late
     assert torch.equal(torch.cat([part.timesteps for _, part in found]), draw.timesteps)
     numbers = [number for number, _ in found]
     assert len(set(numbers)) == len(numbers) and all(len(part) for _, part in found)
+
+
+@pytest.mark.parametrize(("processes", "parts", "shares"), [(2, 3, [4, 4]), (3, 2, [3, 3, 2]), (5, 4, [2, 2, 2, 1, 1])])
+def test_processes_get_shares_as_even_as_the_batch_allows(processes, parts, shares, latents):
+    """However many parts each of them cuts its own into."""
+    config = TrainConfig(batch_size=8, gradient_accumulation_steps=parts)
+    draw = draw_step(config, latents, 0)
+    found = []
+    for rank in range(processes):
+        process = type("Process", (), {"num_processes": processes, "process_index": rank})
+        found.append(sum(len(part) for _, part in steps.own_parts(draw, config, process)))
+    assert found == shares

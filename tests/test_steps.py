@@ -13,6 +13,7 @@ from training_tools import Stop, distance, make_preset, quiet, same_tensors, sto
 
 from helpers import lora, steps, training
 from helpers.checkpoints import load_checkpoint, save_checkpoint
+from helpers.components import resolve_dtype
 from helpers.diffusion import loss_weights
 from helpers.draws import draw_step
 from helpers.presets import LINEAR, TrainConfig
@@ -283,6 +284,29 @@ def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(TrainingError, match="mixed_precision fp16 needs a GPU; on a CPU take bf16, or no"):
         new_accelerator(TrainConfig(mixed_precision="fp16"), "cpu")
     assert new_accelerator(TrainConfig(), "cpu").mixed_precision == "no", "the next one is not affected"
+
+
+CPU, GPU, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "has_it", "precision"),
+    [("auto", CPU, False, "no"), ("auto", MPS, False, "no"), ("auto", GPU, True, "bf16"), ("auto", GPU, False, "fp16"),
+     ("no", GPU, True, "no"), ("fp16", GPU, True, "fp16"), ("bf16", GPU, True, "bf16"), ("bf16", CPU, False, "bf16")]
+)  # fmt: skip
+def test_auto_is_the_half_precision_that_the_gpu_has(asked, device, has_it, precision, monkeypatch):
+    """A T4, for one, has no bfloat16 of its own."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    assert steps.resolve_precision(asked, device) == precision
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if asked == "auto":
+        assert resolve_dtype("auto", device) == dtype, "the U-Net's weights go with it"
+
+
+def test_bfloat16_that_a_gpu_only_imitates_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(TrainingError, match="no bfloat16 of its own.*fp16, or auto"):
+        steps.resolve_precision("bf16", GPU)
 
 
 # --- the loss's scale in fp16, on a CPU --------------------------------------------------------------------------
