@@ -157,6 +157,10 @@ def read_parts(folder: Path) -> dict:
             parts[name] = read(subfolder)
         except Exception as error:  # OSError, SafetensorError, KeyError, json's: all mean that the part is unusable
             raise ComponentsError(f"cannot read the {subfolder.name} of the model in {folder}: {error}") from error
+    # Without its files transformers makes a tokenizer that knows two tokens, and says nothing
+    known, expected = len(parts["tokenizer"]), parts["text_encoder"].config.vocab_size
+    if known != expected:
+        raise ComponentsError(f"the tokenizer in {folder} knows {known} tokens, its text encoder {expected}")
     use_padding_of_stable_diffusion_2(parts)
     return parts
 

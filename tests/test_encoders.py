@@ -191,6 +191,8 @@ def test_clip_is_read_without_a_word(folder, capfd):
 def test_clip_computes_in_float32_what_is_stored_in_16_bits(copy, clip):
     weights = load_file(copy / "model.safetensors")
     save_file({k: v.half() for k, v in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "float16", "torch_dtype": "float16"}))
     half = ClipEncoder.load(copy, "cpu")
     assert {weight.dtype for weight in half.model.parameters()} == {torch.float32}
     assert torch.allclose(half.pictures(noise(2)), clip.pictures(noise(2)), atol=1e-2)
