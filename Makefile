@@ -1,6 +1,6 @@
 # make course [PRESET=smoke] [FORCE=1]   install, execute notebooks 01-07, write figures/ and report/
 # make test                              install, then lint, unit tests, notebooks and measured numbers
-# make weekly                            make test, and the tests of killed runs twenty times over
+# make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place
 # TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).
 PYTHON ?= python3
@@ -21,6 +21,7 @@ test: $(STAMP)
 
 weekly: test
 	COURSE_KILLS=20 .venv/bin/python -m pytest -q tests/test_resume.py
+	COURSE_FULL_SIZE=1 .venv/bin/python -m pytest -q tests/test_stable_diffusion.py
 
 notebooks: $(STAMP)
 	@$(COURSE) notebooks

@@ -94,7 +94,7 @@ def load_components(preset: Preset, device: str | torch.device | None = None) ->
     parts = read_parts(folder)
     found = parts["noise_scheduler"].config.prediction_type
     if found != preset.prediction_type:
-        raise ComponentsError(f"{name} is a {found} model, but preset {preset.name!r} says {preset.prediction_type}")
+        raise ComponentsError(f"{name} predicts {found}, but preset {preset.name!r} says {preset.prediction_type}")
     for part in ("text_encoder", "vae", "unet"):
         parts[part].to(device).eval().requires_grad_(False)
     nn.Module.to(parts["unet"], resolve_dtype(preset.dtype, device))  # diffusers' own `to` warns of half precision

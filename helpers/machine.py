@@ -77,7 +77,10 @@ def next_lower(preset_name: str) -> str | None:
 def out_of_memory(preset_name: str) -> str:
     """What to do when the GPU's memory did not suffice."""
     lower = next_lower(preset_name)
-    first = f"take --preset {lower}, which computes each batch in smaller parts" if lower else "lower the resolution"
+    if lower:
+        first = f"take --preset {lower}, which computes each batch in smaller parts"
+    else:
+        first = f"take --preset {preset_name}@256px, which trains on smaller pictures"
     return (
         f"the GPU's memory does not suffice: {first}; or raise gradient_accumulation_steps, which makes the parts of "
         "a batch smaller; or set gradient_checkpointing=True; or close other programs on the GPU (see `nvidia-smi`)"

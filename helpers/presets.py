@@ -337,13 +337,20 @@ def as_trial(preset: Preset) -> Preset:
 
 
 def with_variant(preset: Preset, variant: str) -> Preset:
-    """The preset in one of its VARIANTS. Raises ValueError for an unknown one, or one that is not for this model."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} of a preset; known: {', '.join(VARIANTS)}")
+    """The preset in one of its VARIANTS, or at a size such as "256px" (a multiple of 64, as the U-Net halves it).
+
+    Raises ValueError for an unknown one, or one that is not for this model.
+    """
+    size = int(variant[:-2]) if variant.endswith("px") and variant[:-2].isdecimal() else 0
+    if variant not in VARIANTS and (not size or size % 64):
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"unknown variant {variant!r} of a preset; known: {known}, and sizes such as 256px")
     if preset.revision is None and variant not in PRECISION:
         raise ValueError(f"{variant!r} is for Stable Diffusion; MiniSD is small, and its trial is the preset 'smoke'")
     if variant == "trial":
         return as_trial(preset)
+    if size:
+        return replace(preset, resolution=size)
     return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
 
 

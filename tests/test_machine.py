@@ -60,7 +60,7 @@ def test_out_of_memory_names_the_next_variant_that_takes_less():
     assert machine.next_lower("sd15@fp16@12gb") == "sd15@8gb@fp16"
     assert machine.next_lower("sd21-base@8gb") is None and machine.next_lower("mini") is None
     assert "--preset sd21-base@24gb" in machine.out_of_memory("sd21-base")
-    assert "lower the resolution" in machine.out_of_memory("sd21-base@8gb")
+    assert "--preset sd21-base@8gb@256px" in machine.out_of_memory("sd21-base@8gb")
 
 
 def test_each_lower_variant_computes_less_at_once():

@@ -165,6 +165,11 @@ def test_a_variant_changes_memory_and_precision_and_nothing_else():
     assert dataclasses.replace(variant, train=dataclasses.replace(variant.train, **settings), **own) == plain
 
 
+def test_another_size_is_a_variant_too():
+    plain, small = get_preset("sd21-base"), get_preset("sd21-base@256px")
+    assert dataclasses.replace(small, resolution=512, name=plain.name) == plain and small.resolution == 256
+
+
 def test_a_trial_is_the_same_in_two_steps():
     plain, trial = get_preset("sd21-base"), get_preset("sd21-base@trial")
     assert trial.trial and get_preset("smoke").trial and not plain.trial and not get_preset("mini").trial
@@ -177,7 +182,9 @@ def test_a_trial_is_the_same_in_two_steps():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, 12gb, 8gb, fp32, bf16, fp16, trial"),
+        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, .*trial, and sizes"),
+        ("sd21-base@100px", "unknown variant '100px'"),
+        ("sd21-base@px", "unknown variant 'px'"),
         ("mini@8gb", "'8gb' is for Stable Diffusion"),
         ("mini@trial", "its trial is the preset 'smoke'"),
         ("sd22@8gb", "unknown preset 'sd22'"),
