@@ -88,7 +88,7 @@ def load_checkpoint(run: Run, step: int, parts: dict[str, nn.Module], optimizer,
         loaded[i] = {kind: moments[f"{name}.{kind}"] for kind in MOMENTS}
         if not loaded[i]["exp_avg"].shape == weights[name].shape == parameter.shape:
             raise ValueError(f"{name} or its optimizer state has the wrong shape")
-    if scaler is not None:
+    if scaler is not None and "scaler" in state:  # begun in another precision: this one's scale starts anew
         scaler.load_state_dict(state["scaler"])
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, parameter in parameters.items():

@@ -25,6 +25,9 @@ DEFAULT = "mini"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     given = _parser().parse_args(arguments)
+    for name in ("COURSE_LOCAL", "COURSE_RUNS", "COURSE_OUTPUT"):  # notebooks run in a folder of their own
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it talks about packages we do not need
     try:
         return given.command(given)
@@ -135,7 +138,7 @@ def run_course(given: argparse.Namespace) -> int:
     print(f"{preset.title}: {len(paths)} notebooks")
     done = notebooks.run_all(given.preset, paths, settings, given.force)
     full = given.only is None and not settings
-    if full and preset.revision is None:
+    if full and given.preset in PRESETS and preset.revision is None:
         notebooks.write_durations(given.preset, done)
     summary(given.preset, done, publish=full and given.preset == DEFAULT)
     return 0

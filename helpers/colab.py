@@ -15,17 +15,21 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
+FOLDER = "/content/course"  # in Colab
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 SETUP = '''
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("course"):
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "course"], check=True)
-    subprocess.run([sys.executable, "course/helpers/colab.py"], check=True)
-    os.chdir("course/notebooks")
-    sys.path.insert(0, os.path.abspath(".."))
+course = "{folder}"
+if "google.colab" in sys.modules:
+    if not os.path.exists(course):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", course], check=True)
+    if course not in sys.path:  # not installed yet, or Colab was started anew
+        subprocess.run([sys.executable, course + "/helpers/colab.py"], check=True)
+        sys.path.insert(0, course)
+    os.chdir(course + "/notebooks")
 '''
 COMMENT = "# On Google Colab: fetch the course and install what it needs. Elsewhere this cell does nothing.\n"
 
@@ -79,7 +83,7 @@ def stamp(path: Path, address: str) -> None:
     title, _, rest = re.sub(r"\n*\[!\[Open in Colab\][^\n]*\n*", "\n\n", first.source).partition("\n")
     first.source = f"{title}\n\n{badge(address, path.name)}\n\n{rest.strip()}"
     notebook.cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
-    setup = new_code_cell(COMMENT + SETUP.format(address=address).strip(), id="colab")
+    setup = new_code_cell(COMMENT + SETUP.format(address=address, folder=FOLDER).strip(), id="colab")
     setup.metadata["tags"] = ["colab"]
     notebook.cells.insert(1, setup)
     notebooks.write(notebooks.clean(notebook), path)
@@ -87,5 +91,4 @@ def stamp(path: Path, address: str) -> None:
 
 if __name__ == "__main__":
     install()
-    doctor = [sys.executable, "-m", "helpers.cli", "doctor"]
-    sys.exit(subprocess.run(doctor, cwd=HERE, check=False).returncode)
+    subprocess.run([sys.executable, "-m", "helpers.cli", "doctor"], cwd=HERE, check=False)

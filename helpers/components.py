@@ -28,8 +28,12 @@ CHUNK_PIXELS = 2 * 512 * 512  # of the pictures that go through the VAE at once:
 
 # What a hub repository has to send: one full-precision safetensors file a part, never a pickle.
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-NEEDED = [f"{weights}.safetensors" for weights in WEIGHTS] + ["scheduler/scheduler_config.json"]
-HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *NEEDED]
+SAFETENSORS = [f"{weights}.safetensors" for weights in WEIGHTS]
+HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *SAFETENSORS]
+# Without which a copy is not complete; "a|b": one of the two
+NEEDED = [*SAFETENSORS, *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))]
+NEEDED += ["scheduler/scheduler_config.json"]
+NEEDED += [f"tokenizer/{file}|tokenizer/tokenizer.json" for file in ("vocab.json", "merges.txt")]
 
 
 class ComponentsError(ValueError):
@@ -219,7 +223,13 @@ def encode_prompts(components: Components, prompts: list[str]) -> Tensor:
 def encode_tokens(components: Components, input_ids: Tensor) -> Tensor:
     """Text embeddings [B, L, D] of token ids int64 [B, L]."""
     chunks = input_ids.to(components.device).split(CHUNK)
-    return torch.cat([components.text_encoder(chunk)[0] for chunk in chunks])
+    with in_own_precision(components):
+        return torch.cat([components.text_encoder(chunk)[0] for chunk in chunks])
+
+
+def in_own_precision(components: Components) -> torch.autocast:
+    """Within the block VAE and text encoder compute in their own float32, also where autocast halves the U-Net's."""
+    return torch.autocast(components.device.type, enabled=False)
 
 
 def vae_chunk(components: Components) -> int:
@@ -235,10 +245,11 @@ def to_latents(components: Components, pictures: Tensor) -> tuple[Tensor, Tensor
     (Rombach et al. 2022, section 3.1 and appendix G).
     """
     scale = components.vae.config.scaling_factor
-    posteriors = [
-        components.vae.encode(chunk.to(components.device, components.vae.dtype)).latent_dist
-        for chunk in pictures.split(vae_chunk(components))
-    ]
+    with in_own_precision(components):
+        posteriors = [
+            components.vae.encode(chunk.to(components.device, components.vae.dtype)).latent_dist
+            for chunk in pictures.split(vae_chunk(components))
+        ]
     mean = torch.cat([posterior.mean for posterior in posteriors]).float()
     std = torch.cat([posterior.std for posterior in posteriors]).float()
     return mean * scale, std * scale
@@ -248,7 +259,8 @@ def to_latents(components: Components, pictures: Tensor) -> tuple[Tensor, Tensor
 def to_pictures(components: Components, latents: Tensor) -> Tensor:
     """Pictures float32 [B, 3, H, W] in 0..1 that the VAE decodes from latents [B, C, h, w]."""
     latents = latents.to(components.device, components.vae.dtype) / components.vae.config.scaling_factor
-    decoded = torch.cat([components.vae.decode(chunk).sample for chunk in latents.split(vae_chunk(components))])
+    with in_own_precision(components):
+        decoded = torch.cat([components.vae.decode(chunk).sample for chunk in latents.split(vae_chunk(components))])
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,7 @@ except ImportError:  # transformers 4, whose CLIPImageProcessor is this one
     from transformers import CLIPImageProcessor
 
 CLIP_NEEDED = ("config.json", "model.safetensors", "preprocessor_config.json")
+CLIP_NEEDED += ("vocab.json|tokenizer.json", "merges.txt|tokenizer.json")
 CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")  # what is downloaded; no pickle
 CHUNK = 32  # pictures or prompts that go through CLIP at once
 SIZES = {768: "B", 1024: "L", 1280: "H"}  # what vision transformers of these widths are called
@@ -80,17 +82,26 @@ def check_pairs(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None
 class ClipEncoder:
     """CLIP (Radford et al. 2021, arXiv 2103.00020): pictures and prompts in one space, learnt from captions of the web.
 
-    Prompts and pictures go through it CHUNK at a time; the answers do not depend on it beyond rounding.
+    Prompts and pictures go through it CHUNK at a time; the answers do not depend on it beyond rounding. Between two
+    questions the model lies in main memory, since the GPU's is needed to draw the pictures.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessor, name: str):
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        processor: CLIPImageProcessor,
+        name: str,
+        device: str | torch.device = "cpu",
+    ):
         self.model, self.tokenizer, self.processor, self.name = model, tokenizer, processor, name
+        self.device = torch.device(device)
 
     @classmethod
     def load(
         cls, folder: str | os.PathLike, device: str | torch.device | None = None, name: str | None = None
     ) -> ClipEncoder:
-        """From a local folder in transformers layout, as float32 on `device` (by default the best there is).
+        """From a local folder in transformers layout, as float32, to compute on `device` (default: the best).
 
         It holds config.json, model.safetensors, preprocessor_config.json, and the tokenizer: tokenizer.json, or
         vocab.json with merges.txt. Nothing is downloaded, and no pickle is read.
@@ -116,8 +127,8 @@ class ClipEncoder:
         if len(tokenizer) != model.config.text_config.vocab_size:
             known = model.config.text_config.vocab_size
             raise ComponentsError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model knows {known}")
-        model = model.float().eval().requires_grad_(False).to(device or default_device())
-        return cls(model, tokenizer, processor, name or clip_name(model))
+        model = model.float().eval().requires_grad_(False)
+        return cls(model, tokenizer, processor, name or clip_name(model), device or default_device())
 
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """CLIP's picture embeddings float32 [N, D], each of length 1, on the CPU.
@@ -158,20 +169,24 @@ class ClipEncoder:
     @torch.no_grad()
     def _encode(self, encode, items: Sequence) -> Tensor:
         """Rows of length 1 [N, D] for N items; `encode` turns up to CHUNK of them into [n, D]."""
-        chunks = [encode(items[start : start + CHUNK]) for start in range(0, len(items), CHUNK)]
+        self.model.to(self.device)
+        try:
+            chunks = [encode(items[start : start + CHUNK]) for start in range(0, len(items), CHUNK)]
+        finally:
+            self.model.cpu()
         return unit_rows(torch.cat(chunks))
 
     def _picture_chunk(self, pictures: Sequence[Image.Image]) -> Tensor:
         upright = [to_rgb(ImageOps.exif_transpose(picture)) for picture in pictures]
         pixels = self.processor(images=upright, return_tensors="pt")["pixel_values"]
-        return _embedding(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+        return _embedding(self.model.get_image_features(pixel_values=pixels.to(self.device)))
 
     def _text_chunk(self, prompts: Sequence[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        masked = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        masked = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         return _embedding(self.model.get_text_features(**masked))
 
 
@@ -279,4 +294,9 @@ def load_encoder(components: Components, style: str) -> Encoder:
     if components.is_minisd:
         return WorldEncoder(style)
     found = hub.fetch("CLIP, which judges the pictures", CLIP, "model", CLIP_FILES, CLIP_NEEDED, CLIP_GB)
-    return ClipEncoder.load(found.folder, components.device)
+    return _clip(found.folder, components.device)
+
+
+@lru_cache(maxsize=1)
+def _clip(folder: Path, device: torch.device) -> ClipEncoder:
+    return ClipEncoder.load(folder, device)

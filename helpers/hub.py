@@ -18,6 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
+from .presets import runs_folder
+
 Repository = tuple[str, str | None]  # OWNER/NAME, and a commit, tag or branch; None means the branch main
 
 
@@ -48,14 +52,31 @@ def fetch(
     needed: files without which a copy is not complete. download_gb: size of the download, in 10^9 bytes.
     Raises HubError.
     """
-    if found := find_local(repositories, needed) or find_cached(repositories, kind, patterns, needed):
+    if found := find_local(repositories, needed):
         return found
+    locks = runs_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"hub-{repositories[0][0].replace('/', '--')}.lock"):  # one process downloads, others find it
+        return find_cached(repositories, kind, patterns, needed) or download(
+            what, repositories, kind, patterns, needed, download_gb
+        )
+
+
+def download(
+    what: str,
+    repositories: Sequence[Repository],
+    kind: str,
+    patterns: Sequence[str] | None,
+    needed: Sequence[str],
+    download_gb: float,
+) -> Copy:
+    """The first of the repositories that the hub has. Raises HubError, which tells of each why not."""
     from huggingface_hub import snapshot_download
 
     reasons = []
     for name, revision in repositories:
         try:
-            check_disk(download_gb)
+            check_disk(download_gb - arrived_gb(name, kind))
             folder = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
             check_complete(folder, needed)
             return Copy(folder, name, folder.name)
@@ -107,6 +128,8 @@ def find_cached(
         try:
             folder = Path(snapshot_download(name, **ask))
             check_complete(folder, needed)
+            if any(blobs_folder(name, kind).glob("*.incomplete")):  # left by a download that was stopped
+                continue
         except (OSError, HubError):  # its "not there" and "not complete" are OSErrors
             continue
         return Copy(folder, name, folder.name)
@@ -114,10 +137,10 @@ def find_cached(
 
 
 def check_complete(folder: Path, needed: Sequence[str]) -> None:
-    """Raises HubError, naming the first that is missing, unless the folder has all the files."""
+    """Raises HubError, naming the first that is missing, unless the folder has all the files ("a|b": a or b)."""
     for file in needed:
-        if not (folder / file).is_file():
-            raise HubError(f"{folder} has no {file}")
+        if not any((folder / name).is_file() for name in file.split("|")):
+            raise HubError(f"it is here only in part: {folder} has no {file.split('|')[0]}")
 
 
 def cache_folder() -> Path:
@@ -129,9 +152,20 @@ def cache_folder() -> Path:
 
 def free_gb(folder: Path) -> float:
     """Free space, in 10^9 bytes, of the disk that a folder is on or will be on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free / 1e9
+    there = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if there is None:
+        raise HubError(f"there is no disk for {folder}: let HF_HOME name a folder on one that is there")
+    return shutil.disk_usage(there).free / 1e9
+
+
+def blobs_folder(name: str, kind: str) -> Path:
+    """Where the client keeps the files of a repository, whole and half downloaded."""
+    return cache_folder() / f"{kind}s--{name.replace('/', '--')}" / "blobs"
+
+
+def arrived_gb(name: str, kind: str) -> float:
+    """What is there already of a download that was stopped, in 10^9 bytes."""
+    return sum(path.stat().st_size for path in blobs_folder(name, kind).glob("*")) / 1e9
 
 
 def check_disk(download_gb: float) -> None:

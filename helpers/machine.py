@@ -10,6 +10,8 @@ import torch
 from .components import default_device
 from .presets import MEMORY, Preset, get_preset
 
+HIDDEN = "torch sees no NVIDIA GPU, though its driver is here: is CUDA_VISIBLE_DEVICES set to hide it?"
+
 
 def has_nvidia_gpu() -> bool:
     """Whether NVIDIA's driver is installed, which is asked without torch: a torch without CUDA sees no GPU."""
@@ -33,13 +35,15 @@ def gpu_problem() -> str | None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
+        if "No CUDA GPUs" in str(error):
+            return HIDDEN
         if "driver" in str(error).lower():
             return (
                 f"the NVIDIA driver of this machine is too old, or not running, for torch {torch.__version__} with "
                 f"CUDA {torch.version.cuda}: update the driver, or install a torch that was built for an older CUDA"
             )
         return f"torch cannot use the NVIDIA GPU of this machine: {str(error).strip().splitlines()[0]}"
-    return "torch sees no NVIDIA GPU, though the driver is there: is CUDA_VISIBLE_DEVICES set to hide it?"
+    return HIDDEN
 
 
 def notes_without_gpu(preset: Preset) -> list[str]:
@@ -74,14 +78,21 @@ def next_lower(preset_name: str) -> str | None:
     return "@".join([base, rungs[rungs.index(now) + 1], *others])
 
 
+def smaller(preset_name: str) -> str | None:
+    """The preset at the next smaller picture size, or None when it is small already, or MiniSD."""
+    preset = get_preset(preset_name)
+    size = next((size for size in (512, 256, 128) if size < preset.resolution), None)
+    if preset.revision is None or size is None:
+        return None
+    others = [part for part in preset_name.split("@") if not part.endswith("px")]
+    return "@".join([*others, f"{size}px"])
+
+
 def out_of_memory(preset_name: str) -> str:
     """What to do when the GPU's memory did not suffice."""
-    lower = next_lower(preset_name)
-    if lower:
-        first = f"take --preset {lower}, which computes each batch in smaller parts"
-    else:
-        first = f"take --preset {preset_name}@256px, which trains on smaller pictures"
-    return (
-        f"the GPU's memory does not suffice: {first}; or raise gradient_accumulation_steps, which makes the parts of "
-        "a batch smaller; or set gradient_checkpointing=True; or close other programs on the GPU (see `nvidia-smi`)"
-    )
+    others = "close other programs on the GPU (see `nvidia-smi`)"
+    if lower := next_lower(preset_name):
+        others = f"take --preset {lower}, which trains on smaller parts of a batch; or {others}"
+    elif small := smaller(preset_name):
+        others = f"take --preset {small}, for smaller pictures; or {others}"
+    return f"the GPU's memory does not suffice: {others}; or take MiniSD, the preset 'mini'"

@@ -354,6 +354,12 @@ def with_variant(preset: Preset, variant: str) -> Preset:
     return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
 
 
+def variant_kind(variant: str) -> str:
+    """What a variant chooses: "memory", "precision", "trial" or, as the sizes do, "size"."""
+    kinds = {"memory": MEMORY, "precision": PRECISION, "trial": ("trial",)}
+    return next((kind for kind, known in kinds.items() if variant in known), "size")
+
+
 def replaced(preset: Preset, settings: dict) -> Preset:
     """The preset with fields of its own, or of its `TrainConfig`, replaced. Raises ValueError for an unknown one."""
     own = {f.name for f in fields(Preset)}
@@ -375,7 +381,10 @@ def get_preset(name: str, **overrides) -> Preset:
     base, *variants = name.split("@")
     if base not in PRESETS:
         raise ValueError(f"unknown preset {base!r}; known: {', '.join(PRESETS)}")
+    kinds = [variant_kind(variant) for variant in variants]
+    if twice := [variant for variant, kind in zip(variants, kinds, strict=True) if kinds.count(kind) > 1]:
+        raise ValueError(f"the variants {' and '.join(twice)} of {name!r} contradict each other: take one of them")
     preset = PRESETS[base]
-    for variant in variants:
+    for variant in sorted(variants, key="trial".__eq__):  # a trial makes small what the others say
         preset = with_variant(preset, variant)
     return replaced(replace(preset, name=name), overrides)

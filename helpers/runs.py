@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def weights_fingerprint(preset: Preset, parts: components.Components | None = No
         return provenance.tensor_hash(state)
     if preset.model_folder is None:
         own = hub.find_local(preset.repositories)
-        return provenance.folder_weights_hash(own.folder) if own else f"{preset.model}@{preset.revision}"
+        return own_copy_hash(own.folder) if own else f"{preset.model}@{preset.revision}"
     if not preset.model_folder.is_dir():
         raise components.ComponentsError(
             f"the base model of preset {preset.name!r} is missing: no folder {preset.model}. "
@@ -72,6 +73,20 @@ def weights_fingerprint(preset: Preset, parts: components.Components | None = No
             "`python -m helpers.minisd.pretrain`."
         )
     return provenance.folder_weights_hash(preset.model_folder)
+
+
+def own_copy_hash(folder: Path) -> str:
+    """SHA-256 (hex) of the files of a model that are read, and of no other that lies beside them."""
+    alternatives = [folder / file for needed in components.NEEDED for file in needed.split("|")]
+    files = sorted({path for path in alternatives if path.is_file()})
+    stats = [path.stat() for path in files]
+    return _hash_files(folder, tuple(files), tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@lru_cache
+def _hash_files(folder: Path, files: tuple[Path, ...], stamps: tuple) -> str:
+    """They have some GB, so they are read again only when their times or sizes have changed."""
+    return digest([(path.relative_to(folder).as_posix(), provenance.file_hash(path)) for path in files])
 
 
 def data_fingerprint(spec: DatasetSpec, resolution: int) -> str:

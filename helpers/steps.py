@@ -57,6 +57,11 @@ def new_accelerator(config: TrainConfig, device: torch.device | str | None = Non
     )
     if precision == "fp16" and accelerator.scaler is None:
         raise TrainingError("mixed_precision fp16 needs a GPU; on a CPU take bf16, or no")
+    if precision == "fp16" and config.batch_size < accelerator.num_processes:  # its scaler wants a loss from each
+        raise TrainingError(
+            f"in fp16 each of the {accelerator.num_processes} processes needs a picture, and a batch has "
+            f"{config.batch_size}: take bf16, or a larger batch_size"
+        )
     return accelerator
 
 

@@ -27,7 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="of --data, the column of pictures (default: image)")
     text = "of --data, the column of captions (default: text)"
     parser.add_argument("--text-column", "--caption-column", metavar="NAME", help=text)
-    parser.add_argument("--revision", help="of a hub dataset, the commit, tag or branch (default: what is there today)")
+    text = "of a hub dataset, the commit, tag or branch (default: what its first download finds)"
+    parser.add_argument("--revision", help=text)
     parser.add_argument("--held-out", type=int, metavar="N", help="of --data, keep the last N to measure with (0)")
     parser.add_argument("--rank", type=int, help="of the LoRA; alpha becomes the same unless it is given too")
     parser.add_argument("--alpha", type=float, help="the LoRA is scaled by alpha / rank")
