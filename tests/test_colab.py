@@ -59,10 +59,11 @@ def test_only_github_will_do(stamped, capsys, address):
     assert "Colab opens notebooks from GitHub" in capsys.readouterr().err
 
 
-def run_cell(folder, address, in_colab):
+def run_cell(folder, address, in_colab, times=1):
     """Run the set-up cell in a new Python; where it ends, and the first place it imports from."""
     pretend = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n" if in_colab else ""
-    code = pretend + colab.SETUP.format(address=address) + "\nprint(os.getcwd())\nprint(sys.path[0])\n"
+    cell = colab.SETUP.format(address=address, folder=folder / "course")
+    code = pretend + times * cell + "\nprint(os.getcwd())\nprint(sys.path[0])\n"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -71,11 +72,11 @@ def run_cell(folder, address, in_colab):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A repository whose helpers/colab.py leaves a mark instead of installing anything."""
+    """A repository whose helpers/colab.py writes a line instead of installing anything."""
     folder = tmp_path / "repository"
     (folder / "helpers").mkdir(parents=True)
     (folder / "notebooks").mkdir()
-    (folder / "helpers" / "colab.py").write_text("from pathlib import Path\nPath('installed').touch()\n")
+    (folder / "helpers" / "colab.py").write_text("with open('installed', 'a') as file:\n    file.write('once ')\n")
     (folder / "notebooks" / "01.ipynb").write_text("{}")
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"]):
@@ -88,10 +89,18 @@ def test_in_colab_the_cell_fetches_the_course_and_installs_it(repository, tmp_pa
     work.mkdir()
     where, first = run_cell(work, repository.as_uri(), in_colab=True)
     assert where == str(work / "course" / "notebooks") and first == str(work / "course")
-    assert (work / "installed").exists()
-    (work / "installed").unlink()
-    run_cell(work, repository.as_uri(), in_colab=True)
-    assert not (work / "installed").exists(), "run again, it does nothing"
+    assert (work / "installed").read_text() == "once "
+
+
+def test_the_cell_may_run_again(repository, tmp_path):
+    """In one session nothing happens twice. After a restart, or a failed installation, the installing is done again."""
+    work = tmp_path / "content"
+    work.mkdir()
+    where, first = run_cell(work, repository.as_uri(), in_colab=True, times=3)
+    assert where == str(work / "course" / "notebooks") and first == str(work / "course")
+    assert (work / "installed").read_text() == "once " and not (work / "course" / "notebooks" / "course").exists()
+    assert run_cell(work, repository.as_uri(), in_colab=True) == [where, first]
+    assert (work / "installed").read_text() == "once once "
 
 
 def test_elsewhere_the_cell_does_nothing(repository, tmp_path):

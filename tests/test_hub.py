@@ -26,6 +26,7 @@ COMMIT, OTHER = "a" * 40, "b" * 40
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of the hub's client, and no network."""
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
     folder = tmp_path / "hub"
     folder.mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
@@ -91,6 +92,27 @@ def test_another_revision_in_the_cache_is_another_thing(cache, downloads):
     downloads["a/b"] = FILES
     assert fetch("it", [("a/b", COMMIT)]).commit == COMMIT
     assert downloads["asked"] == [("a/b", COMMIT)]
+
+
+def test_a_download_that_was_stopped_goes_on(cache, downloads):
+    """The client leaves what it was fetching behind; what is complete so far may load, with fewer rows."""
+    add_repository(cache, "dataset", "a/data", COMMIT, FILES)
+    left = cache / "datasets--a--data" / "blobs" / "0123.incomplete"
+    left.write_bytes(b"half of it")
+    downloads["a/data"] = FILES | {"more.parquet": b"rows"}
+    assert (fetch("it", [("a/data", COMMIT)], "dataset").folder / "more.parquet").exists()
+    assert downloads["asked"] == [("a/data", COMMIT)]
+    left.unlink()
+    fetch("it", [("a/data", COMMIT)], "dataset")
+    assert len(downloads["asked"]) == 1
+
+
+def test_either_of_two_files_will_do(tmp_path):
+    hub.check_complete(tmp_path, [])
+    with pytest.raises(HubError, match="has no vocab.json"):
+        hub.check_complete(tmp_path, ["vocab.json|tokenizer.json"])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    hub.check_complete(tmp_path, ["vocab.json|tokenizer.json"])
 
 
 def test_mirrors_are_asked_in_order(downloads):
@@ -190,6 +212,24 @@ def test_a_disk_without_room_is_told_before_the_download(downloads, monkeypatch)
         fetch("it", [("a/b", COMMIT)], download_gb=5.2)
     assert downloads["asked"] == []
     assert fetch("it", [("a/b", COMMIT)], download_gb=1.9).commit == COMMIT
+
+
+def test_what_has_arrived_already_needs_no_room(cache, downloads, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    blobs = cache / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0123.incomplete").write_bytes(bytes(9000))
+    downloads["a/b"] = FILES
+    with pytest.raises(HubError, match="make room"):
+        fetch("it", [("a/b", COMMIT)], download_gb=10_500e-9)
+    assert fetch("it", [("a/b", COMMIT)], download_gb=9_500e-9).commit == COMMIT
+
+
+def test_a_disk_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(hub.Path, "exists", lambda path: False)
+    with pytest.raises(HubError, match="there is no disk for "):
+        hub.free_gb(hub.Path("nowhere"))
 
 
 def test_a_download_that_lacks_a_file_is_refused(downloads):

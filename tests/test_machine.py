@@ -41,8 +41,9 @@ def test_a_driver_that_is_too_old(with_driver, monkeypatch):
 
 def test_a_hidden_gpu(with_driver, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert "CUDA_VISIBLE_DEVICES" in machine.gpu_problem()
+    for init in (failing("No CUDA GPUs are available"), lambda: None):
+        monkeypatch.setattr(torch.cuda, "init", init)
+        assert "CUDA_VISIBLE_DEVICES" in machine.gpu_problem()
 
 
 def test_no_problem_without_a_gpu_and_with_one_that_works(monkeypatch):
@@ -61,6 +62,21 @@ def test_out_of_memory_names_the_next_variant_that_takes_less():
     assert machine.next_lower("sd21-base@8gb") is None and machine.next_lower("mini") is None
     assert "--preset sd21-base@24gb" in machine.out_of_memory("sd21-base")
     assert "--preset sd21-base@8gb@256px" in machine.out_of_memory("sd21-base@8gb")
+    assert "--preset sd21@8gb@512px" in machine.out_of_memory("sd21@8gb")
+    assert "--preset sd21-base@8gb@trial@128px" in machine.out_of_memory("sd21-base@8gb@256px@trial")
+
+
+@pytest.mark.parametrize("preset", ["mini", "smoke", "sd21-base@8gb@128px"])
+def test_advice_can_be_followed(preset):
+    """Where no variant takes less, none is named."""
+    assert "--preset" not in machine.out_of_memory(preset) and "nvidia-smi" in machine.out_of_memory(preset)
+
+
+@pytest.mark.parametrize("preset", ["sd21-base", "sd21@24gb", "sd15@12gb@fp16@trial", "sd15@8gb", "sd21@8gb@256px"])
+def test_the_advised_preset_exists_and_takes_less(preset):
+    advised = machine.out_of_memory(preset).partition("--preset ")[2].partition(",")[0]
+    given, other = get_preset(preset), get_preset(advised)
+    assert other.resolution < given.resolution or machine.next_lower(preset) == advised
 
 
 def test_each_lower_variant_computes_less_at_once():

@@ -165,6 +165,11 @@ def test_a_variant_changes_memory_and_precision_and_nothing_else():
     assert dataclasses.replace(variant, train=dataclasses.replace(variant.train, **settings), **own) == plain
 
 
+def test_the_order_of_variants_does_not_matter():
+    one, other = get_preset("sd21-base@trial@8gb"), get_preset("sd21-base@8gb@trial")
+    assert dataclasses.replace(one, name=other.name) == other and one.train.gradient_accumulation_steps == 2
+
+
 def test_another_size_is_a_variant_too():
     plain, small = get_preset("sd21-base"), get_preset("sd21-base@256px")
     assert dataclasses.replace(small, resolution=512, name=plain.name) == plain and small.resolution == 256
@@ -185,6 +190,9 @@ def test_a_trial_is_the_same_in_two_steps():
         ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, .*trial, and sizes"),
         ("sd21-base@100px", "unknown variant '100px'"),
         ("sd21-base@px", "unknown variant 'px'"),
+        ("sd21-base@8gb@24gb", "the variants 8gb and 24gb of 'sd21-base@8gb@24gb' contradict each other"),
+        ("sd21-base@fp32@trial@bf16", "fp32 and bf16"),
+        ("sd21-base@256px@128px", "256px and 128px"),
         ("mini@8gb", "'8gb' is for Stable Diffusion"),
         ("mini@trial", "its trial is the preset 'smoke'"),
         ("sd22@8gb", "unknown preset 'sd22'"),

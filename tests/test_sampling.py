@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionImg2ImgPipeline
 
+from helpers import sampling
 from helpers.components import as_pipeline, to_latents, to_pictures, to_pil
 from helpers.sampling import generate, image_to_image, inference_timesteps, initial_latents, sample
 
@@ -158,3 +159,13 @@ def test_image_to_image_takes_pictures_of_any_size(tiny):
 def test_impossible_strength_is_refused(tiny, strength):
     with pytest.raises(ValueError, match="strength must be between 0 and 1"):
         image_to_image(tiny, torch.zeros(1, 3, 16, 16), PROMPTS[:1], strength, [0])
+
+
+def test_large_latents_are_denoised_a_few_at_a_time(tiny, monkeypatch):
+    monkeypatch.setattr(sampling, "sampling_batch", lambda components: 2)
+    seen = []
+    latents = initial_latents(tiny, range(5))
+    sample(tiny, ["a cat"] * 5, latents, 1, 1.0, lambda step, t, part: seen.append(len(part)))
+    assert seen == [2, 2, 1]
+    sample(tiny, ["a cat"] * 5, latents, 1, 1.0, lambda step, t, part: seen.append(len(part)), batch_size=5)
+    assert seen[3:] == [5]

@@ -112,6 +112,14 @@ def test_the_notebooks_run_on_stable_diffusion(home, tmp_path, model, variants, 
         assert len(encoders) == 1 and "CLIP" in encoders.pop()
 
 
+def test_a_small_gpu_gets_minisd_where_the_unet_is_copied_and_it_is_called_so(home, tmp_path):
+    """Notebook 02 has no room for two U-Nets of Stable Diffusion in float32 there."""
+    preset = "sd21-base@16gb@trial@128px"
+    run_course(home, tmp_path, preset, "--only", "02")
+    figures = read(tmp_path / preset / "results.json")["figures"]
+    assert {entry["model"] for entry in figures.values()} == {"MiniSD"} and len(figures) >= 3
+
+
 # --- what is loaded ----------------------------------------------------------------------------------------------
 
 
@@ -190,11 +198,14 @@ def test_a_wrong_prediction_type_in_the_files_is_refused(offline, tmp_path, monk
 
 def test_a_tokenizer_without_its_files_is_refused(offline, tmp_path, monkeypatch):
     """transformers would read every word as the same unknown token."""
-    monkeypatch.setenv("COURSE_LOCAL", str(tmp_path))
     folder = own_copy(offline, "sd21-base", tmp_path)
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).unlink()
+    in_a_folder = replace(get_preset("sd21-base@trial"), model=str(folder), revision=None)
     with pytest.raises(ComponentsError, match="knows 2 tokens, its text encoder"):
+        load_components(in_a_folder, "cpu")
+    monkeypatch.setenv("COURSE_LOCAL", str(tmp_path))
+    with pytest.raises(HubError, match="it is here only in part: .* has no tokenizer/vocab.json"):
         loaded("sd21-base")
 
 
@@ -220,6 +231,24 @@ def test_latents_are_about_as_wide_as_the_noise(offline):
     components = loaded("sd21-base")
     pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert to_latents(components, pictures)[0].std() == pytest.approx(1, rel=0.05)
+
+
+def test_a_half_precision_run_keeps_vae_and_text_encoder_out_of_it(offline):
+    """Validation runs inside autocast, and a VAE in half precision may return NaN."""
+    from helpers.components import to_pictures
+
+    components = loaded("sd21-base")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    calls = (
+        lambda: to_pictures(components, latents),
+        lambda: to_latents(components, pictures)[0],
+        lambda: encode_prompts(components, ["a cat"]),
+    )
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), expected)
 
 
 # --- half precision ----------------------------------------------------------------------------------------------

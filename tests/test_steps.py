@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny import tiny_components, tiny_minisd, tiny_unet
 from training_tools import Stop, distance, make_preset, quiet, same_tensors, stop_at, weights
 
 from helpers import lora, steps, training
-from helpers.checkpoints import load_checkpoint, save_checkpoint
+from helpers.checkpoints import load_checkpoint, load_last_checkpoint, save_checkpoint
 from helpers.components import resolve_dtype
 from helpers.diffusion import loss_weights
 from helpers.draws import draw_step
@@ -410,6 +411,31 @@ def test_a_checkpoint_keeps_the_scale(whole, tiny, tmp_path):
         fresh = torch.amp.GradScaler("cpu", init_scale=64.0)
         load_checkpoint(run, 1, {"unet": tiny.unet}, optimizer, fresh)
     assert fresh.get_scale() == 32.0 and fresh.state_dict()["_growth_tracker"] == 7
+
+
+@pytest.mark.usefixtures("no_state_left")
+def test_a_run_that_goes_on_in_another_precision_keeps_its_checkpoints(whole, tiny, tmp_path):
+    """With mixed_precision "auto" a run begun in bfloat16 may go on, on another GPU, in float16, which has a scale."""
+    run = Run(tmp_path / "run", whole.preset, whole.dataset, whole.key)
+    run.dir.mkdir()
+    shutil.copy(whole.dir / "config.json", run.dir)
+    with injected(tiny, PLAIN, new_accelerator(TrainConfig(), "cpu")) as optimizer:
+        for p in lora.lora_parameters(tiny.unet):
+            optimizer.state[p] = {"step": torch.ones(()), "exp_avg": p.detach() + 1, "exp_avg_sq": p.detach() + 2}
+        save_checkpoint(run, 1, {"unet": tiny.unet}, optimizer, 1.0)
+        fresh = torch.amp.GradScaler("cpu", init_scale=64.0)
+        assert load_last_checkpoint(run, {"unet": tiny.unet}, optimizer, fresh)["step"] == 1
+    assert run.checkpoints() == [1] and fresh.get_scale() == 64.0
+
+
+def test_in_fp16_each_process_needs_a_picture(monkeypatch):
+    """Its scaler learns its scale from a loss, and a process without one would stop the others for hours."""
+    several = SimpleNamespace(scaler=object(), num_processes=4)
+    monkeypatch.setattr(steps, "Accelerator", lambda **settings: several)
+    monkeypatch.setattr(steps, "resolve_precision", lambda *_: "fp16")
+    with pytest.raises(TrainingError, match="each of the 4 processes needs a picture, and a batch has 3"):
+        new_accelerator(TrainConfig(batch_size=3), "cpu")
+    assert new_accelerator(TrainConfig(batch_size=4), "cpu") is several
 
 
 @pytest.mark.usefixtures("no_state_left")
