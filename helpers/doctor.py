@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a recommendation depends on. memory, gpu_memory in GiB; free_gb in 10^9 bytes, where downloads go."""
+    """What a recommendation depends on. gpu_memory in GiB; free_gb in 10^9 bytes, where downloads go."""
 
     gpu_memory: float = 0.0
     gpu_problem: str | None = None
@@ -106,11 +106,12 @@ def examine() -> tuple[list[Finding], str]:
 
 
 def software() -> list[Finding]:
+    from .components import PARTS
     from .provenance import versions
 
     found = versions()
     weights = get_preset("mini").model_folder
-    present = all((weights / part).is_dir() for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    present = all((weights / part).is_dir() for part in PARTS)
     count = len(notebooks.committed())
     rows = [
         ("Python", f"{platform.python_version()} (3.11 or newer)", sys.version_info >= (3, 11)),
