@@ -64,7 +64,7 @@ def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str,
         locks = runs_folder() / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / f"{folder.name}.lock"):  # one process at a time
-            for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # behind by a process that was killed
+            for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # left behind by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with atomic_path(folder) as writing:
                 write_cache(components, dataset, writing, key)
