@@ -1,4 +1,4 @@
-# make course [PRESET=smoke] [FORCE=1]   install, execute notebooks 01-07, write figures/ and report/
+# make course [PRESET=smoke] [FORCE=1]   install, execute the notebooks, write figures/ and report/
 # make test                              install, then lint, unit tests, notebooks and measured numbers
 # make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place

@@ -28,6 +28,7 @@ from .folders import DataError
 from .presets import runs_folder
 from .provenance import atomic_path, tensor_hash, write_json_atomic
 
+CODE = ("data", "recipes", "caches", "components")  # the modules that a cache depends on
 CHUNK = 16  # pictures, or captions, that are in memory as tensors at once
 MAP_ABOVE = 512 * 2**20  # bytes; a larger cache is not read into memory
 

@@ -48,7 +48,7 @@ def _is_readers(error: Exception) -> bool:
 
     expected = (CourseError, ValueError, OSError)
     # A module that a command has not imported cannot have raised its error.
-    own = {"helpers.runs": "TrainingError", "helpers.report": "ReportError"}
+    own = {"helpers.runs": "TrainingError", "helpers.report": "ReportError", "helpers.sweep": "SweepError"}
     own_errors = tuple(getattr(sys.modules.get(module), name, CourseError) for module, name in own.items())
     return isinstance(error, expected + own_errors) or _is_out_of_memory(error)
 
@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     add("check", check_course, "lint, unit tests, strict notebook tests and measured numbers", preset=False)
 
     add_options(add("train", train_adapter, "train one adapter, or find the finished run"))
+
+    sweep = add("sweep", run_sweep, "train and measure every point of a study, with every seed", preset=False)
+    sweep.add_argument("--study", required=True, metavar="NAME", help="a name that none has lists them")
+    sweep.add_argument("--workers", type=int, default=1, help="processes on this machine, which share its cores (1)")
+    text = "where trials are kept, as SQLAlchemy writes it: one for all machines (default: a file in the runs folder)"
+    sweep.add_argument("--storage", metavar="URL", help=text)
 
     sample = add("sample", sample_pictures, "draw pictures from prompts")
     sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
@@ -310,6 +316,19 @@ def notebook_of(stem: str) -> Path:
         if path.stem in named or any(re.search(rf"[\"']{stem}(_\w*)?[\"']", source) for source in code):
             return path
     raise notebooks.CourseError(f"no notebook draws a figure {int(stem[3:])}")
+
+
+# -------------------------------------------------------------------------------------------------------- sweep
+def run_sweep(given: argparse.Namespace) -> int:
+    """`course sweep`: status 1 when trials are still missing, because other machines have them or were stopped."""
+    from .notebooks import CourseError
+    from .studies import get_study
+    from .sweep import sweep
+
+    study = get_study(given.study)
+    if given.workers < 1:
+        raise CourseError(f"--workers must be at least 1, not {given.workers}")
+    return 0 if sweep(study, given.storage, given.workers) else 1
 
 
 # ------------------------------------------------------------------------------------------------------- sample

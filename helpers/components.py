@@ -8,6 +8,8 @@ latents, and a noise schedule says how much noise each timestep has. MiniSD has 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,17 +171,24 @@ def read_parts(folder: Path) -> dict:
     return parts
 
 
-def read_text_encoder(folder: Path) -> CLIPTextModel:
-    """The text encoder, with every weight found in the file (transformers 4 and 5 name them differently)."""
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within the block transformers shows neither a progress bar nor a table of the weights it read."""
     bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        model, report = CLIPTextModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+def read_text_encoder(folder: Path) -> CLIPTextModel:
+    """The text encoder, with every weight found in the file (transformers 4 and 5 name them differently)."""
+    with quiet_transformers():
+        model, report = CLIPTextModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:
         raise ComponentsError(f"these weights are missing: {', '.join(sorted(report['missing_keys']))}")
     return model.float()

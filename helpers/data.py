@@ -70,10 +70,10 @@ def split_rows(spec: DatasetSpec, split: str, total: int) -> range | list[int]:
     return [odd[i * len(odd) // count] for i in range(count)]
 
 
-def drawn_rows(style: str, split: str, size: int, rows: int) -> Dataset:
-    from .world.datasets import drawn_dataset
+def drawn_rows(place: str, split: str, size: int, rows: int) -> Dataset:
+    from .recipes import drawn_by
 
-    dataset = drawn_dataset(style, split, size=size, n=max(rows, 1))
+    dataset = drawn_by(place, split, size, max(rows, 1))
     return dataset if rows else dataset.select([])
 
 

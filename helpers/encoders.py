@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -20,10 +19,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from helpers import hub
-from helpers.components import Components, ComponentsError, default_device
+from helpers.components import Components, ComponentsError, default_device, quiet_transformers
 from helpers.data import to_rgb
 from helpers.evaluation import SCORED, Verdict, content_counts, judge
 from helpers.minisd.classifier import Classifier, load_classifier
@@ -41,14 +39,18 @@ CHUNK = 32  # pictures or prompts that go through CLIP at once
 SIZES = {768: "B", 1024: "L", 1280: "H"}  # what vision transformers of these widths are called
 
 
-class Encoder(Protocol):
-    """What figures and results need of a judge of pictures. name: what they call it."""
+class PictureEncoder(Protocol):
+    """What distances between sets of pictures need: features. name: what figures and results call the encoder."""
 
     name: str
 
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Features float32 [N, D] of N pictures, each row of length 1, on the CPU. ValueError for no pictures."""
         ...
+
+
+class Encoder(PictureEncoder, Protocol):
+    """One that also knows what a prompt asks for. (`helpers.imagenet` is one that does not.)"""
 
     def adherence(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """How well each of N pictures fits its prompt, [N]; more is better. ValueError unless there are N prompts."""
@@ -113,7 +115,7 @@ class ClipEncoder:
             raise ComponentsError(f"there is no CLIP in {folder}: it has no config.json; download it first")
         local = {"local_files_only": True}
         try:
-            with _quiet():
+            with quiet_transformers():
                 model, report = CLIPModel.from_pretrained(
                     folder, use_safetensors=True, output_loading_info=True, **local
                 )
@@ -200,20 +202,6 @@ def clip_name(model: CLIPModel) -> str:
     vision = model.config.vision_config
     side = "" if vision.image_size == 224 else f"@{vision.image_size}px"
     return f"CLIP ViT-{SIZES.get(vision.hidden_size, vision.hidden_size)}/{vision.patch_size}{side}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block transformers shows neither a progress bar nor a table of the weights it read."""
-    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 # --- the drawn world --------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from helpers import lora
 from helpers.adapters import load_adapter
 from helpers.components import Components
 from helpers.data import to_tensor
-from helpers.minisd.classifier import HEADS, Classifier, load_classifier
+from helpers.minisd.classifier import HEADS, load_classifier
 from helpers.sampling import generate
 from helpers.world.captions import prompt
 from helpers.world.scenes import (
@@ -90,7 +91,10 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Meas
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge's answers on N pictures: names {attribute: [N]} and style probabilities [N, len(STYLES)]."""
+    """The judge's answers on N pictures: names {attribute: [N]} and style probabilities [N, len(STYLES)].
+
+    A judge may know fewer attributes than the scenes have: `names` holds those it knows.
+    """
 
     names: dict[str, list[str]]
     styles: np.ndarray
@@ -101,15 +105,16 @@ class Verdict:
 
 
 @torch.inference_mode()
-def judge(pictures: Sequence[Image.Image], classifier: Classifier | None = None, batch_size: int = 64) -> Verdict:
+def judge(pictures: Sequence[Image.Image], classifier: nn.Module | None = None, batch_size: int = 64) -> Verdict:
     """Classify pictures, each of any size; the classifier that ships with MiniSD is loaded unless one is given.
 
+    classifier: any module that makes logits per attribute of a batch in -1..1, such as `helpers.minisd.probe`'s.
     Raises ValueError when there are no pictures.
     """
     if not pictures:
         raise ValueError("there are no pictures to judge")
     classifier = classifier or load_classifier()
-    names: dict[str, list[str]] = {attribute: [] for attribute in HEADS}
+    names: dict[str, list[str]] = {}
     styles = []
     side = min(min(picture.size) for picture in pictures)  # the classifier brings it to its own input's
     for start in range(0, len(pictures), batch_size):
@@ -117,7 +122,8 @@ def judge(pictures: Sequence[Image.Image], classifier: Classifier | None = None,
         logits = classifier(batch)
         styles.append(logits["style"].softmax(-1).numpy())
         for attribute, out in logits.items():
-            names[attribute] += [HEADS[attribute][i] for i in out.argmax(-1).tolist()]
+            seen = names.setdefault(attribute, [])
+            seen += [HEADS[attribute][i] for i in out.argmax(-1).tolist()]
     return Verdict(names, np.concatenate(styles))
 
 
@@ -133,17 +139,33 @@ def asked(scene: Scene, attribute: str) -> bool:
 def agreement(scenes: Sequence[Scene], verdict: Verdict, style: str) -> dict[str, Measure]:
     """Share of pictures in which the judge sees what the scene says, per attribute that the style shows.
 
-    Colours of hats and neckwear count only in scenes that have them. Raises ValueError for an unknown style.
+    Colours of hats and neckwear count only in scenes that have them; what the judge does not know is left out.
+    Raises ValueError for an unknown style.
     """
     if style not in SCORED:
         raise ValueError(f"unknown style {style!r}; known: {', '.join(SCORED)}")
     out = {}
-    for attribute in SCORED[style]:
+    for attribute in filter(verdict.names.__contains__, SCORED[style]):
         rows = [i for i, scene in enumerate(scenes) if asked(scene, attribute)]
         right = sum(verdict.names[attribute][i] == getattr(scenes[i], attribute) for i in rows)
         if rows:
             out[attribute] = wilson(right, len(rows))
     return out
+
+
+def content_shares(scenes: Sequence[Scene], verdict: Verdict, style: str) -> np.ndarray:
+    """For each of N pictures the share [N] of its scene's attributes that the judge sees, as `agreement` counts them.
+
+    Every picture counts once, however many attributes its scene has. Raises ValueError for an unknown style.
+    """
+    if style not in SCORED:
+        raise ValueError(f"unknown style {style!r}; known: {', '.join(SCORED)}")
+    known = [attribute for attribute in SCORED[style] if attribute in verdict.names]
+    right = [
+        [verdict.names[attribute][i] == getattr(scene, attribute) for attribute in known if asked(scene, attribute)]
+        for i, scene in enumerate(scenes)
+    ]
+    return np.array([np.mean(row) for row in right])
 
 
 def _named_thing(text: str, names: Sequence[str]) -> tuple[str, str] | None:

@@ -47,6 +47,7 @@ class TrainConfig:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False  # train the length of each weight row too (see helpers.dora)
     targets: tuple[str, ...] = ATTENTION
     train_text_encoder: bool = False  # a LoRA on the text encoder's attention too, of the same rank and alpha
     seed: int = 0
@@ -79,6 +80,8 @@ class TrainConfig:
             raise ValueError("learning_rate and alpha must be positive")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.lora_dropout < 1:
             raise ValueError("caption_dropout must lie in [0, 1] and lora_dropout in [0, 1)")
+        if self.use_dora and self.lora_dropout:
+            raise ValueError("DoRA is written without dropout here: lora_dropout must be 0")
         choices = {"lr_schedule": ("constant", "linear", "cosine"), "mixed_precision": ("no", "auto", "bf16", "fp16")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -89,8 +92,9 @@ class TrainConfig:
 class DatasetSpec:
     """Where captioned pictures come from.
 
-    source: "drawn:STYLE" (the drawn world), "hub:OWNER/NAME" (a dataset of the Hugging Face hub), "folder:PATH"
-    (pictures with metadata.csv, metadata.jsonl or .txt captions, or parquet files) or "parquet:PATH" (one file).
+    source: "drawn:STYLE" (the drawn world; with changes behind a "?", see `helpers.recipes`), "hub:OWNER/NAME" (a
+    dataset of the Hugging Face hub), "folder:PATH" (pictures with metadata.csv, metadata.jsonl or .txt captions, or
+    parquet files) or "parquet:PATH" (one file).
     image_column, text_column: where pictures and captions are. In a metadata file the pictures' column is "file_name"
     unless image_column is another name than "image"; .txt captions need no columns.
     revision: of a hub dataset, a commit, tag or branch; None means what is there at the first download, which is then

@@ -221,9 +221,9 @@ def _data_hash(spec: DatasetSpec, resolution: int, seed: int) -> str:
 @lru_cache
 def _drawn_hash(spec: DatasetSpec, resolution: int, seed: int) -> str:
     where = spec.source.partition(":")[2]
-    from .world.datasets import fingerprint
+    from .recipes import fingerprint
 
-    return fingerprint(where, "train", resolution, spec.train_rows, seed)[:12]
+    return sha256(fingerprint(where, "train", resolution, spec.train_rows, seed).encode()).hexdigest()[:12]
 
 
 def _plain(value: Any, name: str) -> Any:

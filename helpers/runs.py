@@ -41,7 +41,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 # The modules that a run's result depends on. (This one only files it.)
 CODE = (
     *("diffusion", "lora", "draws", "steps", "validation", "training", "checkpoints"),
-    *("data", "folders", "caches", "sampling", "components"),
+    *("data", "recipes", "folders", "caches", "sampling", "components", "dora"),
 )
 REFERENCE_PIXELS = 128  # validation pictures of a reference run are stored at most this large
 
@@ -93,7 +93,7 @@ def data_fingerprint(spec: DatasetSpec, resolution: int) -> str:
     """Names the pictures and captions: a hash of their recipe, of the folder's bytes, or the hub's commit."""
     kind, _, where = spec.source.partition(":")
     if kind == "drawn":
-        from helpers.world.datasets import fingerprint
+        from helpers.recipes import fingerprint
 
         parts = [fingerprint(where, "train", resolution, spec.train_rows, 0)]
         parts += [fingerprint(where, "held_out", resolution, spec.held_out_rows, 0)] if spec.held_out_rows else []

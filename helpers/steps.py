@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
-from helpers import lora
+from helpers import dora, lora
 from helpers.components import Components, default_device, has_bfloat16
 from helpers.diffusion import add_noise, diffusion_target, loss_weights
 from helpers.draws import StepDraw, seeded
@@ -117,7 +117,7 @@ def injected(components: Components, config: TrainConfig, accelerator: Accelerat
             undo.callback(unet.to, memory_format=torch.contiguous_format)
         for name, part in parts.items():
             with seeded(config.seed, "init" if name == "unet" else f"init of the {name}", 0, device):
-                lora.inject(part, targets[name], *settings)
+                lora.inject(part, targets[name], *settings, kinds=dora.KINDS if config.use_dora else lora.KINDS)
             undo.callback(part.eval)
             undo.callback(lora.remove, part)
         if config.gradient_checkpointing:

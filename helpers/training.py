@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers import adapters, cards, data, lora, provenance
+from helpers import adapters, caches, cards, data, lora, provenance
 from helpers.caches import LatentCache, build_cache
 from helpers.checkpoints import keep_checkpoints, load_last_checkpoint, read_checkpoint, save_checkpoint
 from helpers.components import Components, load_components, to_pictures, to_pil
@@ -214,7 +214,7 @@ def load_caches(
     """Latents and caption embeddings of the training rows, and of the held-out rows if the preset measures them."""
     spec, wanted = preset.datasets[dataset_name], preset.train.held_out_eval
     folder = runs_folder() / "cache"
-    code = provenance.code_hash(*(ROOT / "helpers" / f"{name}.py" for name in ("data", "caches", "components")))
+    code = provenance.code_hash(*(ROOT / "helpers" / f"{name}.py" for name in caches.CODE))
 
     def key(split: str, rows: int) -> str:  # it changes with whatever the numbers depend on
         parts = hashes["weights"], hashes["data"], code, preset.resolution, preset.dtype, spec.name

@@ -41,11 +41,17 @@ def validation_latents(components: Components, config: TrainConfig, prompts: tup
     return initial_latents(components, seeds).float().cpu().contiguous()
 
 
-@torch.no_grad()
 def held_out_loss(components: Components, cache: LatentCache, seed: int = 0, batch_size: int = 16) -> float:
-    """Mean unweighted squared error on held-out pictures, at a fixed grid of timesteps with one fixed noise a picture.
+    """Mean over pictures and timesteps of `loss_by_timestep`: one number that differs because of the model alone."""
+    return loss_by_timestep(components, cache, seed, batch_size).mean().item()
 
-    Nothing in it is drawn anew, so two values differ because of the model alone. Latents are the posterior's means.
+
+@torch.no_grad()
+def loss_by_timestep(components: Components, cache: LatentCache, seed: int = 0, batch_size: int = 16) -> Tensor:
+    """Unweighted squared error of each of N pictures at each timestep of a fixed grid, float64 [N, HELD_OUT_TIMESTEPS].
+
+    Every picture has one fixed noise. Nothing is drawn anew, so two values differ because of the model alone. Latents
+    are the posterior's means. The columns are the `grid_timesteps`.
     """
     unet, scheduler = components.unet.eval(), components.noise_scheduler
     dtype = next(unet.parameters()).dtype
@@ -53,19 +59,21 @@ def held_out_loss(components: Components, cache: LatentCache, seed: int = 0, bat
     latents = cache.mean.float().contiguous()
     noise = torch.randn(latents.shape, generator=generator_for(seed, "held-out noise", 0))
     captions = caption_states(components, cache)
-    # the middles of equal parts of 0 … T
-    T = len(alphas_cumprod)
-    grid = [int((i + 0.5) * T / HELD_OUT_TIMESTEPS) for i in range(HELD_OUT_TIMESTEPS)]
-    total = 0.0
-    for t in grid:
+    losses = torch.empty(len(latents), HELD_OUT_TIMESTEPS, dtype=torch.float64)
+    for column, t in enumerate(grid_timesteps(len(alphas_cumprod))):
         for rows in torch.arange(len(latents)).split(batch_size):
             x, n, c = (part[rows].to(components.device) for part in (latents, noise, captions))
             timesteps = torch.full((len(rows),), t, device=components.device)
             noisy = add_noise(x, n, timesteps, alphas_cumprod)
             output = unet(noisy.to(dtype), timesteps, c.to(dtype)).sample.float()
             target = diffusion_target(kind, x, n, timesteps, alphas_cumprod)
-            total += (output - target).square().mean(dim=(1, 2, 3)).sum().item()
-    return total / (len(grid) * len(latents))
+            losses[rows, column] = (output - target).square().mean(dim=(1, 2, 3)).double().cpu()
+    return losses
+
+
+def grid_timesteps(num_train_timesteps: int = 1000) -> list[int]:
+    """The timesteps at which losses are measured: the middles of HELD_OUT_TIMESTEPS equal parts of 0 … T."""
+    return [int((i + 0.5) * num_train_timesteps / HELD_OUT_TIMESTEPS) for i in range(HELD_OUT_TIMESTEPS)]
 
 
 def caption_states(components: Components, cache: LatentCache) -> Tensor:

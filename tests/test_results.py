@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import results as module
+from helpers.presets import DatasetSpec
 from helpers.results import Results, approx, comparable, compare, output_folder
 
 
@@ -223,3 +224,9 @@ def test_compare_names_what_only_one_file_has(tmp_path):
 def test_compare_needs_both_files(tmp_path):
     with pytest.raises(ValueError, match="course run"):
         compare(tmp_path / "none.json", tmp_path / "none.json")
+
+
+def test_a_drawn_dataset_s_hash_knows_its_changes():
+    places = ("doodles", "doodles?shuffled=0.5", "doodles?skew=background:pink:0.9")
+    specs = [DatasetSpec("doodles", f"drawn:{place}") for place in places]
+    assert len({module._data_hash(spec, 64, 0) for spec in specs}) == 3

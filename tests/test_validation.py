@@ -10,7 +10,15 @@ from training_tools import make_preset, quiet, same_tensors, weights
 from helpers import draws
 from helpers.presets import TrainConfig
 from helpers.sampling import initial_latents
-from helpers.validation import held_out_loss, validation_latents, validation_pairs, validation_steps
+from helpers.validation import (
+    HELD_OUT_TIMESTEPS,
+    grid_timesteps,
+    held_out_loss,
+    loss_by_timestep,
+    validation_latents,
+    validation_pairs,
+    validation_steps,
+)
 
 
 def test_the_held_out_loss_is_on_a_fixed_grid(tiny, latents):
@@ -39,6 +47,54 @@ def test_the_held_out_loss_is_on_a_fixed_grid(tiny, latents):
     grid = (62, 187, 312, 437, 562, 687, 812, 937)
     expected = [(ac[t].sqrt() * noise - (1 - ac[t]).sqrt() * small.mean).square().mean().item() for t in grid]
     assert held_out_loss(fake, small) == pytest.approx(sum(expected) / 8, rel=1e-5)
+
+
+def test_the_grid_s_timesteps_are_the_middles_of_equal_parts():
+    assert grid_timesteps() == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert grid_timesteps(80) == [5, 15, 25, 35, 45, 55, 65, 75] and len(grid_timesteps()) == HELD_OUT_TIMESTEPS
+
+
+def few_rows(latents, count):
+    parts = {name: getattr(latents, name)[:count] for name in ("mean", "std", "caption_index")}
+    return dataclasses.replace(latents, **parts)
+
+
+def test_each_loss_is_the_error_of_its_picture_at_its_timestep(tiny, latents):
+    """Every entry by hand: one picture, one timestep, one forward pass."""
+    losses = loss_by_timestep(tiny, few_rows(latents, 5), seed=3, batch_size=2)
+    assert losses.shape == (5, HELD_OUT_TIMESTEPS) and losses.dtype == torch.float64
+    noise = torch.randn(5, *latents.mean.shape[1:], generator=draws.generator_for(3, "held-out noise", 0))
+    ac = tiny.noise_scheduler.alphas_cumprod
+    for row in range(5):
+        x, n = latents.mean[row : row + 1], noise[row : row + 1]
+        states = latents.caption_embeddings[latents.caption_index[row : row + 1]]
+        for column, t in enumerate(grid_timesteps()):
+            noisy = ac[t].sqrt() * x + (1 - ac[t]).sqrt() * n
+            v = ac[t].sqrt() * n - (1 - ac[t]).sqrt() * x
+            with torch.no_grad():
+                error = (tiny.unet(noisy, torch.tensor([t]), states).sample - v).square().mean().item()
+            assert losses[row, column].item() == pytest.approx(error, rel=1e-4), (row, t)
+    assert len(losses.unique()) == losses.numel()
+
+
+def test_the_mean_of_all_is_the_held_out_loss(tiny, latents):
+    small = few_rows(latents, 5)
+    assert loss_by_timestep(tiny, small).mean().item() == held_out_loss(tiny, small)
+    other = loss_by_timestep(tiny, small, 4, 2).mean().item()
+    assert other == held_out_loss(tiny, small, 4, 2) != held_out_loss(tiny, small)
+
+
+def test_a_picture_s_losses_do_not_depend_on_the_batch(tiny, latents):
+    whole, parts = (loss_by_timestep(tiny, few_rows(latents, 7), batch_size=size) for size in (16, 3))
+    assert torch.allclose(whole, parts, rtol=1e-4)
+
+
+def test_measuring_leaves_the_weights_and_the_generator_alone(tiny, latents):
+    before = {name: value.clone() for name, value in tiny.unet.state_dict().items()}
+    state = torch.random.get_rng_state()
+    losses = loss_by_timestep(tiny, few_rows(latents, 3))
+    assert torch.equal(torch.random.get_rng_state(), state) and not losses.requires_grad
+    assert same_tensors(dict(tiny.unet.state_dict()), before)
 
 
 def test_validation_pictures_start_from_the_same_latents(preset, tiny, whole):
