@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_tools import Stop, make_preset, quiet, same_run, same_tensors, stop_at, weights
+from training_tools import Stop, make_preset, quiet, same_run, same_tensors, stop_at, stopped_and_resumed, weights
 
 from helpers import adapters, dora, lora
 from helpers.presets import TrainConfig
@@ -79,11 +79,7 @@ def test_dora_of_a_text_encoder_resumes_to_the_same_bits(world, pictures, tiny):
     ours = {name for name in magnitudes(tensors) if name.startswith("text_encoder.")}
     assert len(ours) == 2 * 4, "4 matrices of each of 2 layers"
 
-    with pytest.raises(Stop):
-        quiet(preset, tiny, force=True, on_log=stop_at(5))
-    assert not lora.lora_layers(tiny.unet) and not lora.lora_layers(tiny.text_encoder)
-    steps = []
-    resumed = quiet(preset, tiny, on_log=lambda step, metrics: steps.append(step))
+    resumed, steps = stopped_and_resumed(preset, tiny, at=5)
     assert steps == [4, 5] and resumed.metrics() == metrics
     assert same_tensors(weights(resumed), tensors)
     assert same_tensors(load_file(resumed.checkpoint_dir(6) / "optimizer.safetensors"), optimizer)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers import lora
 from helpers.caches import LatentCache
 from helpers.presets import Datasets, DatasetSpec, get_preset
 from helpers.runs import Run
@@ -84,6 +86,15 @@ def stop_at(step):
             raise Stop
 
     return on_log
+
+
+def stopped_and_resumed(preset, components, at) -> tuple[Run, list[int]]:
+    """A run that was stopped in step `at` and went on, and the steps that it took after that."""
+    with pytest.raises(Stop):
+        quiet(preset, components, force=True, on_log=stop_at(at))
+    assert not lora.lora_layers(components.unet) and not lora.lora_layers(components.text_encoder)
+    steps = []
+    return quiet(preset, components, on_log=lambda step, metrics: steps.append(step)), steps
 
 
 def only_run(world) -> Run:
