@@ -91,8 +91,8 @@ def test_the_key_follows_configuration_code_weights_and_data(world, tiny, monkey
 
 def test_every_module_a_result_depends_on_is_in_the_key():
     assert all((ROOT / "helpers" / f"{name}.py").is_file() for name in runs.CODE)
-    names = "diffusion lora draws steps validation training checkpoints data folders caches sampling components"
-    assert set(names.split()) == set(runs.CODE)
+    names = "diffusion lora dora draws steps validation training checkpoints data recipes folders caches sampling"
+    assert {*names.split(), "components"} == set(runs.CODE)
 
 
 def test_the_configuration_names_no_folder_of_the_preset(preset, tiny):
