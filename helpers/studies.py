@@ -156,6 +156,7 @@ OVERFITTING = Study(
     question="When does an adapter copy its training pictures, and what keeps it from that?",
     style="doodles",
     measured_at=(125, 250, 500, 1000),
+    seeds=(0, 1),
     copies=True,
     points=(
         Point(CENTRE, ""),  # 1000 pictures
@@ -176,7 +177,7 @@ def _styles(style: str) -> Study:
         name=f"style_{style}",
         question=f"Do the same settings teach {style.replace('_', ' ')}?",
         style=style,
-        measured_at=(250, 500, 1000),
+        measured_at=(125, 500, 1000),
         points=(Point(CENTRE, ""), *_CONTROLS),
         seeds=(0, 1),
         unprompted=True,
@@ -187,7 +188,8 @@ ROBUSTNESS = Study(
     name="robustness",
     question="What do few pictures, wrong captions and a skewed choice of pictures do?",
     style="doodles",
-    measured_at=(500, 1000),
+    measured_at=(1000,),
+    base={"checkpoint_every": 125, "keep_checkpoints": 8},  # as in "overfitting", so that they share what they train
     copies=True,
     unprompted=True,
     points=(
