@@ -31,6 +31,8 @@ TARGETS = {
     "target/style_with_adapter": 0.8,  # at least
     "target/style_without": 0.05,  # at most
     "target/subject_drop": 0.08,  # at most, as a share of all pictures
+    "target/strict_style": 0.9,  # at least, together with the next
+    "target/content_drop": 0.05,  # at most, as a share of all attributes
 }
 # A value is stale when one of these differs from what it would be today. (Versions and device may differ.)
 _DEPENDS_ON = ("preset", "model", "code", "weights", "data")

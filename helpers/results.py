@@ -12,19 +12,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import hub, provenance
 from .presets import ROOT, DatasetSpec, Preset, get_preset, runs_folder
 
+if TYPE_CHECKING:
+    from .evaluation import Measure
+
 # What a measured number depends on: all of `helpers` except what only shows, starts or reports.
 _NOT_MEASURING = {
     *("adapter_commands.py", "cards.py", "checks.py", "cli.py", "colab.py", "doctor.py", "figures.py", "hub.py"),
-    *("machine.py", "notebooks.py", "progress.py", "report.py", "results.py", "sd_configs.py", "tracking.py"),
-    *("train_command.py", "widgets.py"),
+    *("machine.py", "notebooks.py", "progress.py", "report.py", "results.py", "sd_configs.py", "sweep.py"),
+    *("tracking.py", "train_command.py", "widgets.py"),
 }
 
 
@@ -50,6 +54,16 @@ def approx(value: float, digits: int = 2) -> str:
         raise ValueError(f"a measured number must be finite, not {value}")
     text = f"{value:.{digits}f}"
     return "≈" + (text.lstrip("-") if float(text) == 0 else text)  # never "≈-0.00"
+
+
+def shown(measure: Measure, digits: int = 2) -> str:
+    """A measure as the notebooks print it, with its interval: "≈0.93 [≈0.90, ≈0.95]"."""
+    return f"{approx(measure.value, digits)} [{approx(measure.low, digits)}, {approx(measure.high, digits)}]"
+
+
+def slug(name: str) -> str:
+    """A name as a part of a result's name: "rank, alpha = r=4" is "rank_alpha_r_4"."""
+    return re.sub(r"\W+", "_", name).strip("_").lower()
 
 
 class Results:

@@ -112,6 +112,8 @@ def _numbers(name: str, *values: float) -> tuple[Point, ...]:
 
 
 _CONTROLS = _varied("control", {name: {"control": name} for name in CONTROLS})
+# How a study that measures its runs at 125 steps first keeps them: others that say the same share what they train.
+_SHARED = {"checkpoint_every": 125, "keep_checkpoints": 8}
 _CROSS = tuple(f"attn2.{name}" for name in ATTENTION)
 # The three rules agree at rank 16, the centre: alpha / r = 1, and 4 / sqrt(r) = 1.
 _RULES = {
@@ -156,7 +158,7 @@ OVERFITTING = Study(
     question="When does an adapter copy its training pictures, and what keeps it from that?",
     style="doodles",
     measured_at=(125, 250, 500, 1000),
-    seeds=(0, 1),
+    seeds=(0,),
     copies=True,
     points=(
         Point(CENTRE, ""),  # 1000 pictures
@@ -179,7 +181,7 @@ def _styles(style: str) -> Study:
         style=style,
         measured_at=(125, 500, 1000),
         points=(Point(CENTRE, ""), *_CONTROLS),
-        seeds=(0, 1),
+        seeds=(0,),
         unprompted=True,
     )
 
@@ -189,7 +191,7 @@ ROBUSTNESS = Study(
     question="What do few pictures, wrong captions and a skewed choice of pictures do?",
     style="doodles",
     measured_at=(1000,),
-    base={"checkpoint_every": 125, "keep_checkpoints": 8},  # as in "overfitting", so that they share what they train
+    base=_SHARED,
     copies=True,
     unprompted=True,
     points=(
@@ -205,13 +207,30 @@ ROBUSTNESS = Study(
             },
         ),
     ),
-    seeds=(0, 1),
+    seeds=(0,),
+)
+
+LONG_RUN = Study(
+    name="long_run",
+    question="Do the settings that win after 300 steps win after 1000 too, on 200 prompts?",
+    style="vintage",
+    measured_at=(1000,),
+    base=_SHARED,
+    prompts=200,
+    seeds=(0,),
+    points=(
+        Point(CENTRE, ""),
+        *_CONTROLS,
+        *_numbers("learning_rate", 3e-3),
+        *_varied("rank, alpha = r", {"64": {"rank": 64, "alpha": 64.0}}),
+    ),
 )
 
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         HYPERPARAMETERS,
+        LONG_RUN,
         OVERFITTING,
         ROBUSTNESS,
         *(_styles(style) for style in ("pixel", "blueprint", "stained_glass", "chalkboard")),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from helpers import results as module
+from helpers.evaluation import Measure
 from helpers.presets import DatasetSpec
-from helpers.results import Results, approx, comparable, compare, output_folder
+from helpers.results import Results, approx, comparable, compare, output_folder, shown, slug
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,21 @@ def test_output_folder_follows_the_environment(monkeypatch, tmp_path):
 )
 def test_approx(value, digits, text):
     assert approx(value, digits) == text
+
+
+def test_a_measure_is_shown_with_its_interval_and_every_number_of_it_is_marked():
+    assert shown(Measure(0.931, 0.9, 0.954, 20)) == "≈0.93 [≈0.90, ≈0.95]"
+    assert shown(Measure(-0.001, -0.2, 1, 3), 1) == "≈0.0 [≈-0.2, ≈1.0]"
+
+
+def test_a_slug_is_a_name_that_the_report_can_look_up():
+    names = ["rank, alpha = r=4", "caption_dropout at 64 rows=0.5", "wrong captions=10%", "control=base"]
+    assert [slug(n) for n in names] == [
+        "rank_alpha_r_4",
+        "caption_dropout_at_64_rows_0_5",
+        "wrong_captions_10",
+        "control_base",
+    ]
 
 
 def test_approx_refuses_what_is_no_measurement():
