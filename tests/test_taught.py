@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from helpers import notebooks
 from helpers.presets import ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = notebooks.committed()
 MAX_LINES = 40  # a taught definition fits one cell
 # What a lesson is about must be written in front of the reader, not imported.
 MUST_TEACH = {
