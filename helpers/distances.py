@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from helpers.evaluation import Measure, bootstrap, wilson
@@ -177,3 +178,15 @@ def copy_share(x: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> Mea
     ahead = nearest(x, train)[1] - nearest(x, held_out)[1]
     nearer, ties = int((ahead > TIE).sum()), int((ahead.abs() <= TIE).sum())
     return wilson(nearer + ties // 2, len(x))
+
+
+# --- two pictures, pixel by pixel ---------------------------------------------------------------------------------
+
+
+def pixel_distances(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
+    """Mean |difference| of the pixels in grey levels (0..255), for each pair of pictures of one size.
+
+    Raises ValueError unless there are as many of the one as of the other.
+    """
+    pairs = zip(pictures, others, strict=True)
+    return [float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()) for a, b in pairs]

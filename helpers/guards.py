@@ -14,7 +14,7 @@ from helpers import machine, presets
 from helpers.caches import LatentCache
 from helpers.components import Components
 from helpers.presets import Preset
-from helpers.runs import Run, TrainingError
+from helpers.runs import BusyError, Run, TrainingError
 
 LATENT_SIZE = (0.25, 4.0)  # root mean square of latents that are scaled as the U-Net knows them
 
@@ -68,7 +68,7 @@ def locked(run: Run) -> Iterator[None]:
         with FileLock(path, timeout=0):
             yield
     except Timeout:
-        raise TrainingError(f"another process is training the run {run.dir.name}: wait for it, or stop it") from None
+        raise BusyError(f"another process is training the run {run.dir.name}: wait for it, or stop it") from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Fields that differ between Python versions or say nothing about what the code does.
-_SKIPPED_FIELDS = {"ctx", "kind", "type_comment", "type_ignores"}
+_SKIPPED_FIELDS = {"annotation", "ctx", "kind", "returns", "type_comment", "type_ignores"}
 # Entries that saving a model rewrites although the model stays the same.
 _VOLATILE_CONFIG = {
     "_diffusers_version",
@@ -55,7 +55,7 @@ def _dump(node: Any) -> str:
 
 
 def _normalized(source: str) -> str:
-    """What the source does, as text: comments, docstrings, blank lines and quote characters leave no trace."""
+    """What the source does, as text: comments, docstrings, annotations, layout and quote characters leave no trace."""
     return _dump(ast.parse(source))
 
 
@@ -87,8 +87,8 @@ def code_hash(*modules_or_paths: ModuleType | Path | str) -> str:
     """SHA-256 (hex) of what the given code does.
 
     Takes modules, dotted module names, .py files, and folders or packages (every .py file below them; but the path of
-    an `__init__.py` is that one file). Neither the order of the arguments nor comments, docstrings, layout or the
-    Python version change the hash; every other edit does.
+    an `__init__.py` is that one file). Neither the order of the arguments nor comments, docstrings, annotations,
+    layout or the Python version change the hash; every other edit does.
     Raises FileNotFoundError when there is nothing to hash, SyntaxError for a file that is not Python.
     """
     files = sorted({pair for target in modules_or_paths for pair in _python_files(target)})

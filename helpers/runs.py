@@ -50,6 +50,10 @@ class TrainingError(RuntimeError):
     """Training cannot start or go on; the message says why, and what is left on the disk."""
 
 
+class BusyError(TrainingError):
+    """Another process is training this very run."""
+
+
 # --- what a run is a function of ---------------------------------------------------------------------------------
 
 

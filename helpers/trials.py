@@ -8,6 +8,7 @@ each prompt, so that intervals can be taken later (`helpers.effects`).
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,10 +39,10 @@ from helpers.evaluation import (
 )
 from helpers.full import full_fine_tuning
 from helpers.imagenet import ImageNetEncoder
-from helpers.minisd.classifier import load_classifier
+from helpers.minisd.classifier import WEIGHTS, load_classifier
 from helpers.minisd.probe import load_probe
 from helpers.presets import ROOT, DatasetSpec, Preset, get_preset, runs_folder
-from helpers.runs import Run, data_fingerprint, digest
+from helpers.runs import BusyError, Run, data_fingerprint, digest
 from helpers.sampling import generate
 from helpers.studies import Point, Study
 from helpers.training import train
@@ -53,6 +54,7 @@ from helpers.world.styles import render
 SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0}  # as in notebook 07: fewer steps than the figures take
 UNPROMPTED = ("headwear", "eyewear", "neckwear", "background", "expression")
 DIGITS = 4  # of the values kept
+WAIT = 5.0  # seconds between two looks whether another worker is done
 FLOOR_ROWS = 200  # real held-out pictures that a style distance is taken to
 
 
@@ -86,10 +88,10 @@ def judges(style: str) -> Judges:
 
 
 def run_trial(study: Study, point: Point, seed: int) -> dict[str, Any]:
-    """Train and measure one point with one seed: {"measures": {step: …}, "run", "trained", "bytes", "adapter"}.
+    """Train and measure one point with one seed: {"measures": {step: …}, "run", "trained", "bytes", "adapter", …}.
 
-    trained: how many numbers; bytes: of the file; adapter: how its hash begins. A finished run whose checkpoints are
-    gone is trained again if they are needed.
+    trained: how many numbers; bytes: of the file; adapter: how its hash begins; device: that it was trained on.
+    A finished run whose checkpoints are gone is trained again if they are needed.
 
     A control trains nothing of its own ("random" takes its norm from the centre's adapter of the same seed, "other" is
     the centre's settings on another style) and is measured once, as of the last step.
@@ -100,9 +102,9 @@ def run_trial(study: Study, point: Point, seed: int) -> dict[str, Any]:
     if point.settings.get("method") == "full":
         return full_trial(study, preset, spec)
     fill_caches(study, spec, preset)
-    run = train(preset, spec.name, progress=False)
+    run = trained(preset, spec.name)
     if not all(adapter_after(run, step).exists() for step in study.measured_at):
-        run = train(preset, spec.name, progress=False, force=True)
+        run = trained(preset, spec.name, force=True)
     measured = {}
     for step in study.measured_at:
         with adapted(model(), adapter_after(run, step)):
@@ -115,7 +117,17 @@ def run_trial(study: Study, point: Point, seed: int) -> dict[str, Any]:
         "trained": run.done["lora_parameters"],
         "bytes": size,
         "adapter": run.hashes["adapter"][:16],
+        "device": "{device}, torch {torch}".format_map(run.done["versions"]),
     }
+
+
+def trained(preset: Preset, dataset: str, force: bool = False) -> Run:
+    """`train`; while another worker trains that run, which studies share and controls ask for, wait for it."""
+    while True:
+        try:
+            return train(preset, dataset, progress=False, force=force)
+        except BusyError:
+            time.sleep(WAIT)
 
 
 def adapter_after(run: Run, step: int) -> Path:
@@ -144,7 +156,7 @@ def control_of(study: Study, control: str, seed: int) -> Iterator[None]:
     path = None
     if control in ("random", "other"):
         preset, spec = study.preset(study.points[0], seed, other if control == "other" else None)
-        path = train(preset, spec.name, progress=False).adapter
+        path = trained(preset, spec.name).adapter
     with adapted(model(), path) as unet, random_adapter(unet, seed) if control == "random" else nullcontext():
         yield
 
@@ -253,7 +265,8 @@ def latents(components: Components, preset: Preset, spec: DatasetSpec, split: st
 
 def references(encoder: PictureEncoder, spec: DatasetSpec, preset: Preset, split: str, count: int) -> Tensor:
     """An encoder's features [count, D] of the first rows of a split, kept on the disk."""
-    key = digest([encoder.name, data_fingerprint(spec, preset.resolution), preset.resolution, split, count])[:16]
+    data_hash, network = data_fingerprint(spec, preset.resolution), provenance.file_hash(WEIGHTS)
+    key = digest([encoder.name, network, data_hash, preset.resolution, split, count])[:16]
     path = runs_folder() / "cache" / f"features-{key}.safetensors"
     if not path.exists():
         rows = rows_of(spec, preset, split, count)

@@ -15,7 +15,6 @@ from helpers.minisd import architecture
 from helpers.minisd.architecture import SCALING_FACTOR, TINY
 from helpers.minisd.budget import Budget, Ema
 from helpers.minisd.classifier import HEADS, Classifier, labels, load_classifier, loss_of, visible
-from helpers.minisd.grow import deepen
 from helpers.minisd.measure import CARD, METRICS, table, training_log
 from helpers.minisd.pool import draw_pool
 from helpers.minisd.pretrain import finished_parts
@@ -72,26 +71,9 @@ def test_folding_normalises_latents_and_keeps_reconstructions(parts, pool):
     assert torch.allclose(ratio, torch.ones(4), atol=1e-3)
 
 
-def test_a_deepened_unet_computes_the_same_and_can_learn(parts):
-    torch.manual_seed(0)
-    unet = parts["unet"]
-    deeper = deepen(unet)
-    assert deeper.config.layers_per_block == 2
-    assert sum(p.numel() for p in deeper.parameters()) > 1.2 * sum(p.numel() for p in unet.parameters())
-    x, text = torch.randn(2, 4, 4, 4), torch.randn(2, 24, 16)
-    assert torch.equal(deeper(x, 7, text).sample, unet(x, 7, text).sample)
-    deeper(x, 7, text).sample.square().sum().backward()
-    new = deeper.down_blocks[0].resnets[1].conv2.weight, deeper.up_blocks[1].attentions[1].proj_out.weight
-    assert all(weight.grad.abs().max() > 0 and not weight.any() for weight in new)
-    with pytest.raises(ValueError, match="1 layer"):
-        deepen(deeper)
-
-
-def test_finished_parts_are_deepened_only_if_need_be(parts, tmp_path):
+def test_finished_parts_come_back(parts, tmp_path):
     architecture.save(parts, tmp_path / "weights")
-    layers = {n: finished_parts(tmp_path / "weights", ("unet",), n)["unet"].config.layers_per_block for n in (1, 2)}
-    assert layers == {1: 1, 2: 2}
-    again = finished_parts(tmp_path / "weights", ("vae", "tokenizer"), 2)
+    again = finished_parts(tmp_path / "weights", ("vae", "tokenizer"))
     architecture.save({**parts, **again}, tmp_path / "once more")
     assert not [f for f in (tmp_path / "once more").rglob("*.json") if str(tmp_path) in f.read_text()]
     assert set(again) == {"vae", "tokenizer"}

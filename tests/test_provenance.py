@@ -39,6 +39,7 @@ def hash_of(tmp_path, source):
         ("import math\n", "import math\n\n\n# constants\n"),
         ('f"shape {self.sides!r:>4}"', "f'shape {self.sides!r:>4}'"),
         ("(r, scale=None)", "(\n    r,\n    scale=None,\n)"),
+        ("(r, scale=None):", "(r: float, scale: float | None = None) -> float:"),
     ],
 )
 def test_code_hash_ignores_what_does_nothing(tmp_path, old, new):

@@ -12,7 +12,7 @@ from helpers.components import encode_tokens
 from helpers.effects import Findings
 from helpers.evaluation import Verdict, evaluation_scenes
 from helpers.provenance import tensor_hash
-from helpers.runs import Run
+from helpers.runs import BusyError, Run
 from helpers.studies import CENTRE, Point, get_study
 from helpers.trials import adapter_after, bare_prompts, control_of, counts, run_trial
 from helpers.world.captions import prompt
@@ -21,6 +21,19 @@ from helpers.world.scenes import STYLES, SUBJECTS
 KEYS = {"style.world", "content.world", "style.imagenet", "content.imagenet", "attributes"}
 DISTANCES = {"distance.world", "distance.imagenet", "copies.world", "copies.imagenet"}
 LOSSES = {f"{what}.{split}" for what in ("loss", "loss_by_timestep") for split in ("train", "held_out")}
+
+
+def test_a_run_that_another_worker_trains_is_waited_for(monkeypatch):
+    busy = iter([True, True, False])
+
+    def train(preset, dataset, **_):
+        if next(busy):
+            raise BusyError("another process")
+        return dataset
+
+    monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(trials, "WAIT", 0.0)
+    assert trials.trained(None, "doodles") == "doodles" and next(busy, None) is None
 
 
 def tiny_study(**changes):

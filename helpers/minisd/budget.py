@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from helpers.provenance import atomic_path
 
@@ -25,11 +26,10 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average = decay * average + (1 - decay) * weights"""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         for name, module in self.modules.items():
-            for key, value in module.state_dict().items():
-                if value.is_floating_point():
-                    self.weights[name][key].lerp_(value, 1 - decay)
+            now = {key: value for key, value in module.state_dict().items() if value.is_floating_point()}
+            average([self.weights[name][key] for key in now], list(now.values()), None)
 
     def copy_to(self, modules: dict) -> None:
         """Load the average into the modules of these names."""
@@ -72,12 +72,15 @@ class Budget:
         warm = min(1.0, (self.step + 1) / warmup_steps)
         return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed() / self.seconds))))
 
-    def log(self, loss: float, pictures: int) -> None:
-        """Count the pictures of this step; append the mean loss of the last `log_every` steps to log.jsonl."""
+    def log(self, loss: Tensor, pictures: int) -> None:
+        """Count the pictures of this step; append the mean loss of the last `log_every` steps to log.jsonl.
+
+        Reading a loss waits for the GPU, so that it is done only then.
+        """
         self.pictures += pictures
-        self._losses.append(loss)
+        self._losses.append(loss.detach().clone())
         if (self.step + 1) % self.log_every == 0:
-            mean = sum(self._losses) / len(self._losses)
+            mean = float(sum(self._losses)) / len(self._losses)
             row = {"step": self.step + 1, "seconds": round(self.elapsed(), 1), "loss": round(mean, 5)}
             row["pictures"] = self.pictures
             with (self.folder / "log.jsonl").open("a") as f:
@@ -120,3 +123,18 @@ class Budget:
 
 def _under(tensors: dict, prefix: str) -> dict:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def captured(module: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
+    """A module whose forward and backward pass are replayed as two CUDA graphs on a GPU, for inputs like the example.
+
+    A model this small spends its time launching kernels, and a graph launches them all at once. On a CPU, and where a
+    GPU cannot capture the module, it is returned as it is.
+    """
+    if example[0].device.type != "cuda":
+        return module
+    try:
+        return torch.cuda.make_graphed_callables(module, example, allow_unused_input=True)
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}", flush=True)
+        return module

@@ -6,7 +6,7 @@ Picture i of a pool depends on (seed, i) alone, so any number of worker processe
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,12 +43,28 @@ def _draw(index: int, seed: int, size: int, styles: Mapping[str, float], pairs: 
     return np.asarray(render(scene, style, size)), scene, style, words
 
 
+def drawing_processes(workers: int | None = None) -> ProcessPoolExecutor:
+    """Worker processes that draw, by default one a core."""
+    return ProcessPoolExecutor(workers or cpu_count(), mp_context=get_context("spawn"))
+
+
+def start_drawing(
+    processes: ProcessPoolExecutor, count: int, styles: Mapping[str, float], size: int, seed: int, pairs: str = "train"
+) -> Iterator:
+    """Have `count` random pictures of `size` pixels a side drawn in the background; `styles` maps each to its share."""
+    draw = partial(_draw, seed=seed, size=size, styles=dict(styles), pairs=pairs)
+    return processes.map(draw, range(count), chunksize=64)
+
+
+def collect(rows: Iterator) -> Pool:
+    """The pool that `start_drawing` began, when all of it is drawn."""
+    pictures, scenes, names, captions = zip(*rows, strict=True)
+    return Pool(np.stack(pictures), list(scenes), list(names), list(captions))
+
+
 def draw_pool(
     count: int, styles: Mapping[str, float], size: int, seed: int = 0, pairs: str = "train", workers: int | None = None
 ) -> Pool:
     """Draw `count` random pictures of `size` pixels a side; `styles` maps each style to its share."""
-    draw = partial(_draw, seed=seed, size=size, styles=dict(styles), pairs=pairs)
-    with ProcessPoolExecutor(workers or cpu_count(), mp_context=get_context("spawn")) as workers_pool:
-        rows = list(workers_pool.map(draw, range(count), chunksize=64))
-    pictures, scenes, names, captions = zip(*rows, strict=True)
-    return Pool(np.stack(pictures), list(scenes), list(names), list(captions))
+    with drawing_processes(workers) as processes:
+        return collect(start_drawing(processes, count, styles, size, seed, pairs))

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.diffusion import add_noise, alphas_cumprod, velocity
 from helpers.minisd.architecture import SCALING_FACTOR
-from helpers.minisd.budget import Budget, Ema
+from helpers.minisd.budget import Budget, Ema, captured
 
 CAPTION_DROPOUT = 0.1
 
@@ -71,13 +71,33 @@ def draw_timesteps(batch_size: int, g: torch.Generator) -> Tensor:
     return (t * 1000).long().clamp(0, 999)[torch.randperm(batch_size, generator=g)]
 
 
-def denoising_loss(unet, text_encoder, batch, schedule: Tensor) -> Tensor:
+class Velocity(nn.Module):
+    """The U-Net as a module of tensors alone: (noisy latents, timesteps, text) to the predicted velocity."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+        """[B, C, h, w], [B], [B, L, D] to [B, C, h, w]."""
+        return self.unet(noisy, timesteps, words, return_dict=False)[0]
+
+
+def denoising_loss(predict, text_encoder, batch, schedule: Tensor) -> Tensor:
     """Mean squared error of the predicted velocity."""
     latents, noise, timesteps, tokens = batch
     words = text_encoder(tokens).last_hidden_state
     noisy = add_noise(latents, noise, timesteps, schedule)
-    predicted = unet(noisy, timesteps, words).sample
+    predicted = predict(noisy, timesteps, words)
     return (predicted - velocity(latents, noise, timesteps, schedule)).pow(2).mean()
+
+
+def example(pool: LatentPool, text_encoder, batch_size: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Velocity` takes: a batch of noise, timesteps and text, of which the text wants a gradient."""
+    noise = torch.randn(batch_size, *pool.mean.shape[1:], device=device)
+    timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
+    width = text_encoder.config.hidden_size
+    return noise, timesteps, torch.randn(batch_size, pool.tokens.shape[-1], width, device=device, requires_grad=True)
 
 
 def train_unet(
@@ -100,17 +120,18 @@ def train_unet(
     ema = Ema(modules, decay=0.999)
     budget.resume(modules, optimizer, ema)
     schedule = alphas_cumprod().to(device)
+    predict = captured(Velocity(unet), example(pool, text_encoder, batch_size, device))
     for step in budget.steps():
-        batch = [x.to(device) for x in draw_batch(pool, batch_size, step)]
+        batch = [x.to(device, non_blocking=True) for x in draw_batch(pool, batch_size, step)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * budget.cosine(warmup_steps=200)
-        loss = denoising_loss(unet, text_encoder, batch, schedule)
+        loss = denoising_loss(predict, text_encoder, batch, schedule)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         ema.update(step)
-        budget.log(loss.item(), batch_size)
+        budget.log(loss, batch_size)
         if budget.checkpoint(modules, optimizer, ema) and on_save:
             on_save(ema)
     ema.copy_to(modules)

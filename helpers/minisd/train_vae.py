@@ -13,10 +13,10 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.minisd.architecture import SCALING_FACTOR
-from helpers.minisd.budget import Budget, Ema
+from helpers.minisd.budget import Budget, Ema, captured
 
 KL_WEIGHT = 1e-5
 START_STD = 0.1
@@ -47,6 +47,18 @@ def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     return error.abs().mean() + error.pow(2).mean() + KL_WEIGHT * kl.mean()
 
 
+class VaeLoss(nn.Module):
+    """`vae_loss` as a module of (x, noise)."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Scalar loss."""
+        return vae_loss(self.vae, x, noise)
+
+
 def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 2e-3) -> Ema:
     """Train in place on uint8 pictures [N, H, W, 3] until the budget ends; returns the averaged weights."""
     device = next(vae.parameters()).device
@@ -56,19 +68,21 @@ def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16
     optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     ema = Ema({"vae": vae}, decay=0.998)
     budget.resume({"vae": vae}, optimizer, ema)
+    noise = torch.randn(vae_latent_shape(vae, batch_size), device=device)
+    loss_of = captured(VaeLoss(vae), (pixels(pictures[:batch_size], device), noise))
     for step in budget.steps():
         g = torch.Generator().manual_seed(step)
         x = pixels(pictures[torch.randint(len(pictures), (batch_size,), generator=g).numpy()], device)
         noise = torch.randn(vae_latent_shape(vae, batch_size), generator=g).to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * budget.cosine(warmup_steps=100)
-        loss = vae_loss(vae, x, noise)
+        loss = loss_of(x, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         ema.update(step)
-        budget.log(loss.item(), batch_size)
+        budget.log(loss, batch_size)
         budget.checkpoint({"vae": vae}, optimizer, ema)
     ema.copy_to({"vae": vae})
     vae.eval()
@@ -82,7 +96,7 @@ def vae_latent_shape(vae: AutoencoderKL, batch_size: int) -> tuple[int, int, int
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def encode(vae: AutoencoderKL, pictures, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Posterior mean and std [N, C, h, w] of uint8 pictures [N, H, W, 3], on the CPU, unscaled."""
     device = next(vae.parameters()).device
     parts = [vae.encode(pixels(b, device)).latent_dist for b in _batches(pictures, batch_size)]
@@ -90,7 +104,7 @@ def encode(vae: AutoencoderKL, pictures, batch_size: int = 64) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures, batch_size: int = 64) -> Tensor:
+def reconstruct(vae: AutoencoderKL, pictures, batch_size: int = 256) -> Tensor:
     """uint8 pictures [N, H, W, 3] through the autoencoder (posterior mean), as uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
     out = [vae.decode(vae.encode(pixels(b, device)).latent_dist.mean).sample for b in _batches(pictures, batch_size)]
