@@ -34,8 +34,8 @@ HEADS: dict[str, tuple[str, ...]] = {
     "background": scenes.BACKGROUNDS,
     "expression": scenes.EXPRESSIONS,
 }
-# Weights of the heads' losses, where not 1: the two attributes that every claim about content rests on.
-EMPHASIS = {"subject": 3.0, "headwear": 3.0}
+# Weights of the heads' losses, where not 1: the two that every claim about content rests on, and the hardest to see.
+EMPHASIS = {"subject": 3.0, "headwear": 3.0, "expression": 3.0}
 
 
 class Block(nn.Module):
