@@ -38,19 +38,21 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     return body[1:] if is_docstring and isinstance(first.value.value, str) else body
 
 
-def _dump(node: Any) -> str:
+def _dump(node: Any, in_class: bool = False) -> str:
     """The syntax tree as text, equal for every Python version (the format of `ast.dump` is not)."""
     if isinstance(node, list):
-        return f"[{','.join(_dump(item) for item in node)}]"
+        return f"[{','.join(_dump(item, in_class) for item in node)}]"
     if not isinstance(node, ast.AST):
         return f"{type(node).__name__}:{node!r}"
+    if isinstance(node, ast.AnnAssign) and node.value is not None and not in_class:  # there it may make a field
+        node = ast.Assign([node.target], node.value)
     fields = []
     for name, value in ast.iter_fields(node):
         if name == "body" and isinstance(node, _DOCUMENTED):
             value = _without_docstring(value)
         if name in _SKIPPED_FIELDS or value == [] or (value is None and not isinstance(node, ast.Constant)):
             continue
-        fields.append(f"{name}={_dump(value)}")
+        fields.append(f"{name}={_dump(value, isinstance(node, ast.ClassDef))}")
     return f"{type(node).__name__}({','.join(fields)})"
 
 

@@ -12,6 +12,8 @@ from helpers.provenance import atomic_path, code_hash, folder_weights_hash, tens
 SOURCE = '''"""A module."""
 import math
 
+UNIT = 1
+
 def area(r, scale=None):
     """Area of a circle."""
     return math.pi * r**2  # square units
@@ -40,6 +42,7 @@ def hash_of(tmp_path, source):
         ('f"shape {self.sides!r:>4}"', "f'shape {self.sides!r:>4}'"),
         ("(r, scale=None)", "(\n    r,\n    scale=None,\n)"),
         ("(r, scale=None):", "(r: float, scale: float | None = None) -> float:"),
+        ("UNIT = 1", "UNIT: int = 1"),
     ],
 )
 def test_code_hash_ignores_what_does_nothing(tmp_path, old, new):
@@ -59,6 +62,7 @@ def test_code_hash_ignores_what_does_nothing(tmp_path, old, new):
         ("!r:>4", "!s:>4"),
         ("!r:>4", "!r:>5"),
         ("sides = 4", "edges = 4"),
+        ("sides = 4", "sides: int = 4"),  # of a dataclass it would be a field
         ("math.pi * r", "r * math.pi"),
     ],
 )
@@ -69,7 +73,7 @@ def test_code_hash_sees_every_change_of_behaviour(tmp_path, old, new):
 
 def test_code_hash_is_the_same_for_every_python_version(tmp_path):
     """A fixed value: the hash may not move with the interpreter, or a reference run would match on one version only."""
-    assert hash_of(tmp_path, SOURCE) == "6b2c3777f8759301d365f376961b4db3cfa401640ec8bb42d94bbb7d52b7b43b"
+    assert hash_of(tmp_path, SOURCE) == "20177cf7c98d98aa8a0a2ddc7a601f78638eac963f2d8e26ab41842448e54050"
 
 
 def test_code_hash_takes_modules_names_files_and_folders(tmp_path):
