@@ -112,7 +112,7 @@ def merge_adapters(given: argparse.Namespace) -> int:
     for model in (components.unet, components.text_encoder):
         layers = lora.lora_layers(model)
         lora.merge(model)
-        merged = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}
+        merged = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         lora.remove(model)
         for name, weight in merged.items():
             model.get_submodule(name).weight.data = weight

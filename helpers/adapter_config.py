@@ -122,7 +122,7 @@ def check_config(what: str, stored: dict, prefix: str) -> dict:
         "alpha_pattern": is_pattern(config["alpha_pattern"]),
         "use_rslora": isinstance(config["use_rslora"], bool),
         "use_dora": isinstance(config["use_dora"], bool),
-        "lora_dropout": is_number(config["lora_dropout"]) and 0 <= config["lora_dropout"] < 1,
+        "lora_dropout": is_number(config["lora_dropout"]) and 0 <= config["lora_dropout"] < 1,  # type: ignore[operator]
         "target_modules": is_targets(config["target_modules"]),
     }
     for key, fine in valid.items():

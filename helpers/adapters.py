@@ -57,12 +57,15 @@ def adapter_of(
     unet: nn.Module | None = None, text_encoder: nn.Module | None = None, metadata: dict | None = None
 ) -> Adapter:
     """A copy of the adapter in a U-Net, a text encoder or both. Raises AdapterError where there is none."""
-    layers, targets, dropout = {}, {}, 0.0
+    layers, targets, dropout = {}, {}, 0.0  # type: dict[str, LoRAWeights], dict[str, str | list[str]], float
     for component, model in zip(COMPONENTS, (unet, text_encoder), strict=True):
         found = lora.lora_layers(model) if model is not None else {}
         if found:
-            targets[component] = short_targets(model, found)
-            layers |= {layouts.layer_of(component, name): w for name, w in weights_of(model).items()}
+            targets[component] = short_targets(model, found)  # type: ignore[arg-type]  # a model, as layers were found
+            layers |= {
+                layouts.layer_of(component, name): w
+                for name, w in weights_of(model).items()  # type: ignore[arg-type]
+            }
             dropout = max(dropout, *(getattr(layer.lora_dropout, "p", 0.0) for layer in found.values()))
     if not layers:
         raise AdapterError("there are no LoRA layers to save; inject(unet, ...) adds them")
@@ -101,7 +104,7 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, layout: str = "diff
 
 def config_of(adapter: Adapter) -> dict:
     """The configuration of both components, as diffusers stores it."""
-    config = {}
+    config: dict = {}
     for component in COMPONENTS:
         if layers := adapter.of(component):
             targets = adapter.targets.get(component) or sorted(layers)
@@ -183,7 +186,8 @@ def load_adapter(
         "alpha": statistics.mode(w.alpha for w in adapter.layers.values()),
         "use_rslora": any(w.use_rslora for w in adapter.layers.values()),
         "dropout": adapter.dropout,
-        "targets": adapter.targets.get(component) or short_targets(model, lora.lora_layers(model)),
+        "targets": adapter.targets.get(component)
+        or short_targets(model, lora.lora_layers(model)),  # type: ignore[arg-type]
         "metadata": adapter.metadata,
         "layout": adapter.layout,
     }

@@ -70,7 +70,7 @@ def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str,
             with atomic_path(folder) as writing:
                 write_cache(components, dataset, writing, key)
         cache = read_cache(folder, key)
-    return cache
+    return cache  # type: ignore[return-value]  # written a moment ago
 
 
 def write_cache(components: Components, dataset: Dataset, folder: Path, key: str) -> None:
@@ -138,7 +138,10 @@ def read_cache(folder: Path, key: str) -> LatentCache | None:
         files = {name: folder / f"{name}.npy" for name in ARRAYS}
         # "c": mapped, and what is written goes to memory only
         mode = "c" if sum(path.stat().st_size for path in files.values()) > MAP_ABOVE else None
-        arrays = {name: torch.from_numpy(np.load(path, mmap_mode=mode)) for name, path in files.items()}
+        arrays = {
+            name: torch.from_numpy(np.load(path, mmap_mode=mode))  # type: ignore[arg-type]
+            for name, path in files.items()
+        }
         if index["key"] != key or index["content"] != tensor_hash(arrays):
             return None
         return LatentCache(**arrays, captions=index["captions"])

@@ -93,7 +93,8 @@ def inspect(path: str | os.PathLike) -> AdapterInfo:
 
 def leaves(adapter: Adapter, component: str) -> list[str]:
     """The ends of the adapted modules' names, for a file that does not name its targets: ["to_out.0", "to_q"]."""
-    return sorted({re.search(r"[^.\d][^.]*(\.\d+)?$", name)[0] for name in adapter.of(component)})
+    ends = {name: re.search(r"[^.\d][^.]*(\.\d+)?$", name) for name in adapter.of(component)}
+    return sorted({end[0] if end else name for name, end in ends.items()})
 
 
 def block_norms(adapter: Adapter) -> dict[str, float]:

@@ -44,7 +44,7 @@ def save_checkpoint(run: Run, step: int, parts: dict[str, nn.Module], optimizer,
             moments[f"{name}.{kind}"] = torch.as_tensor(value).detach().cpu().contiguous()
     with new_folder(run.checkpoint_dir(step)) as folder:
         metadata = adapter_metadata(run, step)
-        adapters.save_adapter(folder / "adapter.safetensors", metadata=metadata, **parts)
+        adapters.save_adapter(folder / "adapter.safetensors", metadata=metadata, **parts)  # type: ignore[arg-type]
         save_file(moments, folder / "optimizer.safetensors")
         state = {"step": step, "seconds": round(seconds, 1), "versions": provenance.versions()}
         if scaler is not None:
@@ -79,7 +79,7 @@ def load_checkpoint(run: Run, step: int, parts: dict[str, nn.Module], optimizer,
     Raises OSError, ValueError, KeyError or SafetensorError, and changes nothing, when it is broken or does not fit.
     """
     state, adapter, moments = read_checkpoint(run, step)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for part, model in parts.items():
         for name, layer in adapters.with_prefix(part, model, adapter.of(part)).items():
             weights |= {f"{part}.{name}.{kind}": tensor for kind, tensor in layer.tensors().items()}

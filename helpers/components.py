@@ -57,7 +57,7 @@ class Components:
     noise_scheduler: DDPMScheduler
     name: str
     is_minisd: bool
-    resolution: int | None = None
+    resolution: int = None  # type: ignore[assignment]  # never None once __post_init__ is done
 
     def __post_init__(self) -> None:
         # Each level of the VAE but the last halves the picture.

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import hub, notebooks
@@ -81,7 +82,9 @@ def here() -> frozenset[str]:
     from .components import HUB_FILES, NEEDED
     from .encoders import CLIP_FILES, CLIP_NEEDED
 
-    def found(repositories: tuple, kind: str = "model", needed: list = (), patterns: list | None = None) -> bool:
+    def found(
+        repositories: tuple, kind: str = "model", needed: Sequence[str] = (), patterns: Sequence[str] | None = None
+    ) -> bool:
         try:
             own = hub.find_local(repositories, needed)
             return bool(own or hub.find_cached(repositories, kind, patterns, needed))
@@ -110,7 +113,7 @@ def software() -> list[Finding]:
     from .provenance import versions
 
     found = versions()
-    weights = get_preset("mini").model_folder
+    weights = ROOT / get_preset("mini").model
     present = all((weights / part).is_dir() for part in PARTS)
     count = len(notebooks.committed())
     rows = [
@@ -138,7 +141,7 @@ def hardware(machine: Machine) -> list[Finding]:
         Finding("memory", f"{memory:.0f} GiB (4 or more)", OK if memory >= 3.5 else WRONG),
         Finding("free disk", f"{free:.0f} GB (2 or more)", OK if free >= 2 else WRONG),
     ]
-    return rows + [Finding("GPU", machine.gpu_problem, LACKS)] * bool(machine.gpu_problem)
+    return rows + ([Finding("GPU", machine.gpu_problem, LACKS)] if machine.gpu_problem else [])
 
 
 def for_stable_diffusion(machine: Machine) -> list[Finding]:

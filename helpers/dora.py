@@ -29,7 +29,7 @@ class DoRALayer(LoRALayer):
     `scaled` scales B A and leaves the magnitude as it was trained. Raises ValueError for dropout, which is left out.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, **settings) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float = 0.0, **settings) -> None:
         if dropout:
             raise ValueError(f"DoRA is written without dropout here: dropout must be 0, not {dropout}")
         super().__init__(base, rank, alpha, **settings)
@@ -53,7 +53,7 @@ class DoRALayer(LoRALayer):
     def bias_of_output(self) -> Tensor | float:
         """The base's bias in a shape that can be taken from its output; 0 where it has none."""
         bias = self.base.bias
-        return 0.0 if bias is None else bias.view(self.magnitude.shape)
+        return 0.0 if bias is None else bias.view(self.magnitude.shape)  # type: ignore[operator]
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """What trains, by its name in an adapter file."""

@@ -32,7 +32,7 @@ try:  # the same numbers whether torchvision is installed or not
 except ImportError:  # transformers 4, whose CLIPImageProcessor is this one
     from transformers import CLIPImageProcessor
 
-CLIP_NEEDED = ("config.json", "model.safetensors", "preprocessor_config.json")
+CLIP_NEEDED: tuple[str, ...] = ("config.json", "model.safetensors", "preprocessor_config.json")
 CLIP_NEEDED += ("vocab.json|tokenizer.json", "merges.txt|tokenizer.json")
 CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")  # what is downloaded; no pickle
 CHUNK = 32  # pictures or prompts that go through CLIP at once
@@ -228,7 +228,7 @@ class WorldEncoder:
         """
         if not pictures:
             raise ValueError("there are no pictures to judge")
-        out = torch.empty(len(pictures), self.classifier.heads["style"].in_features)
+        out = torch.empty(len(pictures), self.classifier.heads["style"].in_features)  # type: ignore[call-overload]
         for rows in same_side(pictures):
             out[rows] = self._look([pictures[i] for i in rows])[1]
         return unit_rows(out)

@@ -79,7 +79,7 @@ def wilson(successes: int, n: int) -> Measure:
     return Measure(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Measure:
+def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 2000) -> Measure:
     """Mean of the values with its percentile bootstrap interval (Efron 1979). Raises ValueError for no values."""
     x = np.asarray(values, dtype=float)
     if x.size == 0:

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from PIL import Image
 
 from .presets import Preset, get_preset
@@ -56,7 +57,7 @@ STYLE = {
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "lines.linewidth": 1.5,
     "figure.dpi": 110,
 }
@@ -310,7 +311,7 @@ def save_figure(
     facts = {"file": f"figures/{path.name}", "alt": alt, "model": model, "run": key, "seed": seed, **provenance}
     with Image.open(path) as picture:
         Results(preset).record_figure(name, **facts, width=picture.width, height=picture.height)
-    fig._course_alt = alt
+    fig._course_alt = alt  # type: ignore[attr-defined]  # for `show`
     return path
 
 
@@ -374,8 +375,8 @@ def picture_difference(first: Path | str, second: Path | str) -> float | None:
     with Image.open(first) as a, Image.open(second) as b:
         if a.size != b.size:
             return None
-        a, b = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
-    return float(np.abs(a - b).mean())
+        x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
+    return float(np.abs(x - y).mean())
 
 
 def contact_sheet(pictures: Iterable[Image.Image], columns: int = 8, size: int | None = None) -> Image.Image:

@@ -230,7 +230,10 @@ def unreadable(name: str, error: Exception) -> DataError:
     if isinstance(error, UnidentifiedImageError):
         reason = "it is empty, or not a picture of a format that Pillow knows"
     elif isinstance(error, Image.DecompressionBombError):
-        reason = f"it has more than the {2 * Image.MAX_IMAGE_PIXELS:,} pixels that are safe to open; make it smaller"
+        reason = (
+            f"it has more than the {2 * Image.MAX_IMAGE_PIXELS:,} "  # type: ignore[operator]  # None is no limit
+            "pixels that are safe to open; make it smaller"
+        )
     return DataError(f"cannot read the picture {name}: {reason}")
 
 

@@ -106,7 +106,9 @@ def local_folder() -> Path | None:
 def find_local(repositories: Sequence[Repository], needed: Sequence[str] = ()) -> Copy | None:
     """One's own copy of one of the repositories. Raises HubError when it is not complete."""
     root = local_folder()
-    for name, _ in repositories if root else ():
+    if root is None:
+        return None
+    for name, _ in repositories:
         for folder in (root / name, root / name.split("/")[-1]):
             if folder.is_dir():
                 check_complete(folder, needed)
@@ -189,10 +191,11 @@ _BROKEN_OFF |= {"ReadTimeout", "TimeoutException", "Timeout", "XetDownloadError"
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error, then what it came from, then what that came from …"""
     seen = set()
-    while error is not None and id(error) not in seen:
-        yield error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        yield current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
 
 
 def reason(error: Exception, name: str, kind: str, revision: str | None) -> str:

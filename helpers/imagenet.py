@@ -62,7 +62,7 @@ class ImageNetEncoder:
         if x.shape[-1] != SIDE:
             x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
         # It was trained on (pixel - 127) / 128, which is -1..1 to within half a grey level
-        cells = self.network.extract_features(x)
+        cells = self.network.extract_features(x)  # type: ignore[operator]
         return torch.cat([cells.mean((2, 3)), F.adaptive_avg_pool2d(cells, (BANDS, 1)).flatten(1)], 1)
 
 

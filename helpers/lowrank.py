@@ -90,7 +90,7 @@ def wrap_like(model: nn.Module, name: str, weights: LoRAWeights, dropout: float)
     settings = {"use_rslora": weights.use_rslora}
     if weights.magnitude is not None:
         return lora.wrap(model, name, weights.rank, weights.alpha, kinds=dora.KINDS, **settings)
-    return lora.wrap(model, name, weights.rank, weights.alpha, dropout=dropout, **settings)
+    return lora.wrap(model, name, weights.rank, weights.alpha, dropout=dropout, **settings)  # type: ignore[arg-type]
 
 
 def shapes_for(weight: Tensor, rank: int) -> dict[str, list[int]]:
@@ -108,7 +108,7 @@ def check_fit(weights: LoRAWeights, module: nn.Module | None, keys: Mapping[str,
     """Raise ValueError, naming one of the keys, unless LoRA can adapt the module and the weights have its shapes."""
     if not isinstance(module, tuple(lora.KINDS)) or getattr(module, "groups", 1) != 1:
         raise ValueError(f"unexpected key {keys['lora_A.weight']!r}; the model has no such linear or convolution layer")
-    shapes = shapes_for(module.weight, weights.rank)
+    shapes = shapes_for(module.weight, weights.rank)  # type: ignore[union-attr, arg-type]
     for part, tensor in weights.tensors().items():
         if list(tensor.shape) != shapes[part]:
             raise ValueError(f"{keys[part]!r} has shape {list(tensor.shape)}, this model needs {shapes[part]}")
@@ -148,7 +148,7 @@ def extract(
         old, new = base.get_submodule(name).weight, parameters.get(f"{name}.weight")
         if new is None or new.shape != old.shape:
             raise ValueError(f"the models differ in structure: {name!r} is not the same layer in both")
-        adapter[name], errors[name] = best_of_rank(new.float() - old.float(), rank)
+        adapter[name], errors[name] = best_of_rank(new.float() - old.float(), rank)  # type: ignore[operator]
     return adapter, errors
 
 

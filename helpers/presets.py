@@ -336,8 +336,8 @@ def as_trial(preset: Preset) -> Preset:
     budgets = {"steps": 2, "batch_size": 2, "validation_epochs": 1000, "checkpoint_every": 1, "held_out_eval": 2}
     few = {"num_inference_steps": 2, "eval_prompts": 4, "control_prompts": 2}
     accumulation = min(2, preset.train.gradient_accumulation_steps)
-    train = replace(preset.train, gradient_accumulation_steps=accumulation, **budgets)
-    return replace(preset, datasets=datasets, train=train, trial=True, **few)
+    train = replace(preset.train, gradient_accumulation_steps=accumulation, **budgets)  # type: ignore[arg-type]
+    return replace(preset, datasets=datasets, train=train, trial=True, **few)  # type: ignore[arg-type]
 
 
 def with_variant(preset: Preset, variant: str) -> Preset:

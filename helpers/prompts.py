@@ -7,7 +7,7 @@ The homework named two of its own: figure 6 follows SD_PORTRAIT through training
 # Figure 6 follows one prompt through both runs, so both validate it; figure 7 follows the first vintage prompt.
 MINI_PORTRAIT = "a drawing of a man with a red scarf"
 MINI_SHERIFF = "a bat hero as a sheriff, vintage style"
-MINI_VALIDATION = {
+MINI_VALIDATION: dict[str, tuple[str, ...]] = {
     "doodles": (
         MINI_PORTRAIT,
         "a drawing of a black cat with a yellow crown, on a pink background",
@@ -57,7 +57,7 @@ MINI_FIGURES = {
 }
 SD_PORTRAIT = "a drawing of Donald Trump with a scarf"
 SD_SHERIFF = "Batman as a sheriff in a vintage style"
-SD_VALIDATION = {
+SD_VALIDATION: dict[str, tuple[str, ...]] = {
     "doodles": (
         SD_PORTRAIT,
         "a drawing of a black cat with a yellow crown",

@@ -35,7 +35,7 @@ _VOLATILE_CONFIG = {
 def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     first = body[0] if body else None
     is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return body[1:] if is_docstring and isinstance(first.value.value, str) else body
+    return body[1:] if is_docstring and isinstance(first.value.value, str) else body  # type: ignore[union-attr]
 
 
 def _dump(node: Any, in_class: bool = False) -> str:
@@ -64,7 +64,7 @@ def _normalized(source: str) -> str:
 def _module_file(module: ModuleType | str) -> Path:
     """The file of a module, given itself or by its dotted name."""
     if isinstance(module, ModuleType):
-        return Path(module.__file__)
+        return Path(module.__file__)  # type: ignore[arg-type]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"there is no module {module!r} to hash")

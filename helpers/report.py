@@ -219,7 +219,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """{tensor name: shape} from the headers of the .safetensors files in a folder; the tensors are not read."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

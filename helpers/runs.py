@@ -198,7 +198,7 @@ class Run:
     def best_step(self) -> int | None:
         """The validated step (after the first update) with the lowest held-out loss; None without such a loss."""
         losses = {m["step"]: m["held_out_loss"] for m in self.validation_metrics() if "held_out_loss" in m}
-        return min((step for step in losses if step > 0), key=losses.get, default=None)
+        return min((step for step in losses if step > 0), key=losses.get, default=None)  # type: ignore[arg-type]
 
     def validations(self) -> list[tuple[int, int]]:
         """(step, epoch) of every validation, in order; the epoch is the number of epochs completed."""

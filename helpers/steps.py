@@ -128,7 +128,9 @@ def injected(components: Components, config: TrainConfig, accelerator: Accelerat
         # One kernel for all matrices: they are many and small, so that a loop over them is mostly overhead
         fused = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": device.type in ("cpu", "cuda")}
         undo.callback(accelerator.free_memory)
-        yield accelerator.prepare_optimizer(torch.optim.AdamW(parameters, config.learning_rate, **fused))
+        yield accelerator.prepare_optimizer(
+            torch.optim.AdamW(parameters, config.learning_rate, **fused)  # type: ignore[arg-type]
+        )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -205,10 +207,10 @@ def training_step(
             part.train()
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=device)
-    for number, part in own_parts(draw, config, accelerator):
+    for number, part in own_parts(draw, config, accelerator):  # type: ignore[assignment]  # not the part above
         with seeded(config.seed, f"LoRA dropout of part {number}", step, device), accelerator.autocast():
             # Divided by the whole batch: the parts then add up to its mean, however it was cut
-            own_loss = part_loss(components, part.to(device), config) / len(draw)
+            own_loss = part_loss(components, part.to(device), config) / len(draw)  # type: ignore[arg-type]
         accelerator.backward(own_loss)
         loss += own_loss.detach()
 

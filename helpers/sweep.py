@@ -130,7 +130,10 @@ def key_of(trial: optuna.trial.FrozenTrial) -> tuple[str, int] | None:
 
 def finished(opened: optuna.Study) -> dict[tuple[str, int], optuna.trial.FrozenTrial]:
     """The completed trials by (point, seed)."""
-    return {key_of(trial): trial for trial in opened.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    return {
+        key_of(trial): trial  # type: ignore[misc]  # a trial that is complete has both
+        for trial in opened.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    }
 
 
 def enqueue(study: Study, opened: optuna.Study) -> int:

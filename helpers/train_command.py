@@ -111,8 +111,8 @@ def source_of(given: argparse.Namespace) -> DatasetSpec:
     name = given.dataset or re.sub(r"\W+", "_", name) or "pictures"
     if not re.fullmatch(r"\w[\w .-]*", name):
         raise ValueError(f"--dataset {name!r} must be letters, digits, dots, hyphens or underscores: it names a folder")
-    columns = {"image_column": given.image_column or "image", "text_column": given.text_column or "text"}
-    return DatasetSpec(name, source, **columns, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
+    image, text = given.image_column or "image", given.text_column or "text"
+    return DatasetSpec(name, source, image, text, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
 
 
 def with_own_pictures(preset: Preset, everything: DatasetSpec, held_out: int) -> tuple[Preset, str]:

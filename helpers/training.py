@@ -113,7 +113,7 @@ def validate(loop: Loop, step: int, tracker: Tracker) -> None:
     components, preset = loop.components, loop.preset
     for part in trained_parts(components, loop.config).values():
         part.eval()
-    metrics = {"step": step, "epoch": step // loop.epoch_steps}
+    metrics: dict[str, float] = {"step": step, "epoch": step // loop.epoch_steps}
     if loop.held_out is not None:
         metrics["held_out_loss"] = held_out_loss(components, loop.held_out, loop.config.seed)
     prompts = [prompt for prompt, _ in validation_pairs(loop.config, loop.prompts)]
@@ -180,7 +180,7 @@ def finish(loop: Loop, seconds: float) -> None:
     run, parts = loop.run, trained_parts(loop.components, loop.config)
     with new_folder(run.dir / "adapter") as folder:
         metadata = adapter_metadata(run, loop.config.steps)
-        adapters.save_adapter(folder / ADAPTER_FILE, metadata=metadata, **parts)
+        adapters.save_adapter(folder / ADAPTER_FILE, metadata=metadata, **parts)  # type: ignore[arg-type]
         cards.write_card(folder / ADAPTER_FILE)
     hashes = dict(run.config["hashes"], adapter=provenance.tensor_hash(load_file(run.adapter)))
     if loop.prompts:

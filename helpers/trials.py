@@ -51,7 +51,8 @@ from helpers.world.captions import ENDINGS, LEADS, prompt
 from helpers.world.scenes import SUBJECTS
 from helpers.world.styles import render
 
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0}  # as in notebook 07: fewer steps than the figures take
+# As in notebook 07: fewer steps than the figures take
+SAMPLING: dict[str, Any] = {"num_inference_steps": 12, "guidance_scale": 4.0}
 UNPROMPTED = ("headwear", "eyewear", "neckwear", "background", "expression")
 DIGITS = 4  # of the values kept
 WAIT = 5.0  # seconds between two looks whether another worker is done
@@ -69,7 +70,7 @@ class Judges:
     def load(cls, style: str) -> Judges:
         """Those for pictures of a style."""
         classifier, probe = load_classifier(), load_probe()
-        encoders = {"world": WorldEncoder(style, classifier), "imagenet": ImageNetEncoder()}
+        encoders: dict[str, PictureEncoder] = {"world": WorldEncoder(style, classifier), "imagenet": ImageNetEncoder()}
         return cls({"world": classifier, "imagenet": probe}, encoders)
 
 
@@ -244,7 +245,7 @@ def rounded(values: np.ndarray | Tensor, digits: int = DIGITS) -> list[float]:
 
 def rows_of(spec: DatasetSpec, preset: Preset, split: str, count: int):
     """The first rows of a split of a drawn dataset, as many as asked for."""
-    rows = {"train_rows": count} if split == "train" else {"held_out_rows": count}
+    rows: dict[str, Any] = {"train_rows": count} if split == "train" else {"held_out_rows": count}
     return data.load_pictures(replace(spec, **rows), split, preset.resolution)
 
 
@@ -256,7 +257,7 @@ def fill_caches(study: Study, spec: DatasetSpec, preset: Preset) -> None:
 
 def latents(components: Components, preset: Preset, spec: DatasetSpec, split: str, count: int) -> LatentCache:
     """Latents and caption embeddings of the first rows of a split, by the base model's VAE and text encoder."""
-    hashes = {"weights": provenance.folder_weights_hash(preset.model_folder)}
+    hashes = {"weights": provenance.folder_weights_hash(preset.model_folder)}  # type: ignore[arg-type]
     hashes["code"] = provenance.code_hash(*(ROOT / "helpers" / f"{name}.py" for name in caches.CODE))
     hashes["data"] = data_fingerprint(spec, preset.resolution)
     key = digest([hashes, preset.resolution, split, count])

@@ -200,7 +200,7 @@ def save(parts: dict, folder: Path) -> None:
     staging.rename(folder)
 
 
-def _half_copy(module: torch.nn.Module) -> torch.nn.Module:
+def _half_copy(module: UNet2DConditionModel | AutoencoderKL) -> torch.nn.Module:
     # Without the folder that it was loaded from
     copy = type(module).from_config({k: v for k, v in module.config.items() if k != "_name_or_path"})
     copy.load_state_dict(module.state_dict())

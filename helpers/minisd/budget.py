@@ -49,7 +49,7 @@ class Budget:
         self.log_every, self.checkpoint_seconds = log_every, checkpoint_seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step, self.pictures, self.spent, self._since = 0, 0, 0.0, time.monotonic()
-        self._saved_at, self._losses = 0.0, []
+        self._saved_at, self._losses = 0.0, []  # type: float, list[Tensor]
         self.state_file = self.folder / "state.json"
         if self.state_file.exists():
             state = json.loads(self.state_file.read_text())
@@ -114,7 +114,7 @@ class Budget:
             module.load_state_dict(_under(tensors, f"weights.{name}."))
             device = next(module.parameters()).device
             ema.weights[name] = {k: v.to(device) for k, v in _under(tensors, f"ema.{name}.").items()}
-        flat, state = _under(tensors, "optimizer."), {}
+        flat, state = _under(tensors, "optimizer."), {}  # type: dict[str, Tensor], dict[int, dict[str, Tensor]]
         for key, value in flat.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
@@ -134,7 +134,7 @@ def captured(module: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
     if example[0].device.type != "cuda":
         return module
     try:
-        return torch.cuda.make_graphed_callables(module, example, allow_unused_input=True)
+        return torch.cuda.make_graphed_callables(module, example, allow_unused_input=True)  # type: ignore[return-value]
     except RuntimeError as error:
         print(f"no CUDA graph: {error}", flush=True)
         return module

@@ -186,7 +186,7 @@ def main() -> None:
     training = old.get("training", []) if args.went_on or not args.work else []
     training = training + (training_log(args.work, args.went_on or "") if args.work else [])
     parts = {"U-Net": components.unet, "VAE": components.vae, "text encoder": components.text_encoder}
-    weights = folder_weights_hash(preset.model_folder)
+    weights = folder_weights_hash(preset.model_folder)  # type: ignore[arg-type]  # MiniSD is a folder
     metrics = {
         "weights": weights,
         "resolution": preset.resolution,

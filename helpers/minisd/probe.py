@@ -82,7 +82,7 @@ def fit(features: Tensor, target: Tensor, classes: int) -> nn.Linear:
     optimizer.step(closure)
     with torch.no_grad():  # W ((f - mean) / std) + b = (W / std) f + (b - W mean / std)
         layer.weight /= std
-        layer.bias -= layer.weight @ mean
+        layer.bias -= layer.weight @ mean  # type: ignore[misc]
     return layer.requires_grad_(False)
 
 

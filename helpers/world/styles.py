@@ -33,7 +33,7 @@ Color = tuple[float, float, float]
 
 def mix(a: Color, b: Color, t: float) -> Color:
     """(1 - t) a + t b."""
-    return tuple((1 - t) * x + t * y for x, y in zip(a, b, strict=True))
+    return tuple((1 - t) * x + t * y for x, y in zip(a, b, strict=True))  # type: ignore[return-value]  # of three
 
 
 def toned(color: Color, tone: float) -> Color:
@@ -102,7 +102,7 @@ def _render(scene: Scene) -> str:
         '<radialGradient id="gloss" cx=".34" cy=".2" r=".42"><stop offset="0" stop-color="#fff" stop-opacity=".55"/>'
         '<stop offset="1" stop-color="#fff" stop-opacity="0"/></radialGradient>',
     ]
-    parts, known = [ground("url(#sky)")], {}
+    parts, known = [ground("url(#sky)")], {}  # type: list[str], dict[str, str]
     for s in shapes_of(scene):
         color = tint(s)
         if s.width:
@@ -141,7 +141,7 @@ def _sketch(scene: Scene) -> str:
     for s in shapes_of(scene, tremor=0.9):
         light = luminance(tint(s))
         if s.width:
-            gray = 245 if light > 0.8 else 50
+            gray: float = 245 if light > 0.8 else 50
             parts.append(line(s.path, css((gray,) * 3), s.width * 0.85, s.opacity))
             continue
         dark = s.color == "ink" or s.role in ("pupils", "lens") and light < 0.3
@@ -257,13 +257,18 @@ def _pixel(scene: Scene) -> str:
     n = CANVAS // CELL
     small = _rasterise(_document(crisp), n).quantize(20, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     small = small.convert("RGB")
-    sky = max(small.getcolors(), key=lambda item: -sum(abs(u - v) for u, v in zip(item[1], back, strict=True)))[1]
+    # Pillow's hints leave open whether a pixel is a number or a tuple, and whether there are pixels at all
+    sky = max(
+        small.getcolors(),  # type: ignore[arg-type]
+        key=lambda item: -sum(abs(u - v) for u, v in zip(item[1], back, strict=True)),  # type: ignore[call-overload]
+    )[1]
     cells, rects = small.load(), []
     for y in range(n):
         row = []
         for x in range(n):
-            checker = cells[x, y] == sky and (x // 2 + y // 2) % 2  # the sky is a chequered tile map
-            row.append(css(toned(sky, 0.22)) if checker else css(cells[x, y]))
+            # The sky is a chequered tile map
+            checker = cells[x, y] == sky and (x // 2 + y // 2) % 2  # type: ignore[index]
+            row.append(css(toned(sky, 0.22)) if checker else css(cells[x, y]))  # type: ignore[index, arg-type]
         start = 0
         for x in range(1, n + 1):
             if x == n or row[x] != row[start]:
@@ -295,7 +300,7 @@ def _blueprint(scene: Scene) -> str:
 def vivid(color: Color, gain: float = 1.45) -> Color:
     """The colour with its distance from gray multiplied by `gain`."""
     gray = 255 * luminance(color)
-    return tuple(min(255.0, max(0.0, gray + gain * (c - gray))) for c in color)
+    return tuple(min(255.0, max(0.0, gray + gain * (c - gray))) for c in color)  # type: ignore[return-value]
 
 
 def _stained_glass(scene: Scene) -> str:
