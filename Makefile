@@ -1,5 +1,5 @@
 # make course [PRESET=smoke] [FORCE=1]   install, execute the notebooks, write figures/ and report/
-# make test                              install, then lint, unit tests, notebooks and measured numbers
+# make test                              install, then lint, types, unit tests, notebooks and measured numbers
 # make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place
 # TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).

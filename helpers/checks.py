@@ -32,7 +32,7 @@ class Outcome:
 
 
 def check(say: Callable[[str], None] = print) -> bool:
-    """Lint, unit tests, strict notebook tests and measured numbers; True when nothing failed.
+    """Lint, types, unit tests, strict notebook tests and measured numbers; True when nothing failed.
 
     All groups run even when one fails. The notebooks write into `runs/check`, which is emptied first, and what they
     measured there is compared with report/results.json. The last line adds everything up.
@@ -40,7 +40,7 @@ def check(say: Callable[[str], None] = print) -> bool:
     output = runs_folder() / "check"
     shutil.rmtree(output, ignore_errors=True)
     environment = os.environ | notebooks.OFFLINE | {"COURSE_OUTPUT": str(output)}
-    groups = [lint, unit_tests, lambda env: notebook_tests(env, notebooks.committed()), measured_numbers]
+    groups = [lint, types, unit_tests, lambda env: notebook_tests(env, notebooks.committed()), measured_numbers]
     outcomes = []
     for group in groups:
         outcomes.append(group(environment))
@@ -56,6 +56,13 @@ def lint(environment: dict[str, str]) -> Outcome:
     """ruff over the repository."""
     status, line = _run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], environment)
     return Outcome("ruff", int(status == 0), int(status != 0), 0, line)
+
+
+def types(environment: dict[str, str], target: Path = ROOT / "helpers") -> Outcome:
+    """mypy over helpers, or another file or folder. What it learns of the libraries is kept with the runs."""
+    cache = runs_folder() / "mypy"
+    status, line = _run([sys.executable, "-m", "mypy", f"--cache-dir={cache}", str(target)], environment)
+    return Outcome("mypy", int(status == 0), int(status != 0), 0, line)
 
 
 def unit_tests(environment: dict[str, str]) -> Outcome:
@@ -91,9 +98,16 @@ def measured_numbers(environment: dict[str, str], committed: Path = COMMITTED_RE
 def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Runs a command from the repository, showing its output; returns its exit status and its last line."""
     line = ""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        for text in process.stdout:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        for text in process.stdout or ():
             print(text, end="", flush=True)
             line = text.strip() or line
     return process.returncode, line.strip("= ")

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="01,02", help="only these notebooks")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook's parameter")
 
-    add("check", check_course, "lint, unit tests, strict notebook tests and measured numbers", preset=False)
+    add("check", check_course, "lint, types, unit tests, strict notebook tests and measured numbers", preset=False)
 
     add_options(add("train", train_adapter, "train one adapter, or find the finished run"))
 

@@ -431,14 +431,17 @@ def outcome(name, passed=1, failed=0):
     return lambda *_: checks.Outcome(name, passed, failed, 0, f"{passed} passed")
 
 
-@pytest.mark.parametrize("failing", [None, "lint", "unit_tests", "notebook_tests", "measured_numbers"])
+GROUPS = ("lint", "types", "unit_tests", "notebook_tests", "measured_numbers")
+
+
+@pytest.mark.parametrize("failing", [None, *GROUPS])
 def test_check_runs_everything_and_fails_when_one_does(tmp_path, monkeypatch, failing):
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
-    for name in ("lint", "unit_tests", "notebook_tests", "measured_numbers"):
+    for name in GROUPS:
         monkeypatch.setattr(checks, name, outcome(name, failed=int(name == failing)))
     said = []
     assert checks.check(said.append) is (failing is None)
-    assert said[-1] == f"total: 4 passed, {int(failing is not None)} failed, 0 skipped"
+    assert said[-1] == f"total: {len(GROUPS)} passed, {int(failing is not None)} failed, 0 skipped"
 
 
 @pytest.mark.parametrize(
@@ -455,6 +458,22 @@ def test_pytest_is_counted_and_no_test_is_a_failure(tmp_path, source, counts):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     found = checks._pytest("x", ["-p", "no:cacheprovider", str(tmp_path)], environment)
     assert (found.passed, found.failed) == counts
+
+
+@pytest.mark.parametrize(
+    ("source", "counts"),
+    [
+        ("def double(x: int) -> int:\n    return 2 * x\n", (1, 0)),
+        ("def double(x: int) -> str:\n    return 2 * x\n", (0, 1)),
+        ("x: int = 1  # type: ignore[assignment]\n", (0, 1)),  # ignores what is not there
+    ],
+)
+def test_types_are_checked(tmp_path, monkeypatch, source, counts):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "x.py").write_text(source)
+    found = checks.types(dict(os.environ), tmp_path / "x.py")
+    assert (found.passed, found.failed) == counts
+    assert (tmp_path / "runs" / "mypy").is_dir() and not (checks.ROOT / ".mypy_cache").exists()
 
 
 def test_no_notebooks_is_a_failure():
