@@ -50,8 +50,8 @@ MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 40
 # Helpers that no notebook's result depends on.
 _NOT_EXECUTED = {
-    *("adapter_commands.py", "checks.py", "cli.py", "colab.py", "doctor.py", "notebooks.py", "report.py"),
-    "train_command.py",
+    *("adapter_commands.py", "checks.py", "cli.py", "colab.py", "doctor.py", "notebooks.py", "playground.py"),
+    *("report.py", "site.py", "train_command.py"),
 }
 
 
