@@ -491,3 +491,14 @@ def _output_problems(output: nbformat.NotebookNode) -> Iterator[str]:
         alt = metadata.get(kind, {}).get("alt") or ("" if text.startswith("<") else text)
         if not alt.strip():
             yield "a picture without alt text"
+
+
+def main(arguments: list[str]) -> int:
+    """Names what keeps notebooks from being committed: `python -m helpers.notebooks FILE…`. Status 1 if there is any."""
+    found = [f"{path}: {problem}" for path in arguments for problem in problems(path)]
+    print("\n".join(found) or f"{len(arguments)} notebooks, no problems")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
