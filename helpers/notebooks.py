@@ -494,7 +494,7 @@ def _output_problems(output: nbformat.NotebookNode) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Names what keeps notebooks from being committed: `python -m helpers.notebooks FILE…`. Status 1 if there is any."""
+    """Names what keeps notebooks from being committed: `python -m helpers.notebooks FILE…`. Status 1 for any."""
     found = [f"{path}: {problem}" for path in arguments for problem in problems(path)]
     print("\n".join(found) or f"{len(arguments)} notebooks, no problems")
     return 1 if found else 0
