@@ -2,6 +2,7 @@
 # make test                              install, then lint, types, unit tests, notebooks and measured numbers
 # make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place
+# make site                              the notebooks as a website that needs no network: build/site/index.html
 # TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).
 PYTHON ?= python3
 PRESET ?= mini
@@ -11,7 +12,7 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 COURSE := .venv/bin/python -m helpers.cli
 
-.PHONY: course test weekly notebooks install
+.PHONY: course test weekly notebooks site install
 
 course: $(STAMP)
 	@$(COURSE) run --preset $(PRESET) $(if $(filter-out 0 no false,$(FORCE)),--force)
@@ -25,6 +26,10 @@ weekly: test
 
 notebooks: $(STAMP)
 	@$(COURSE) notebooks
+
+site: $(STAMP)
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[site]"
+	.venv/bin/python -m helpers.site
 
 install: $(STAMP)
 

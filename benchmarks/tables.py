@@ -1,6 +1,6 @@
 """What Stable Diffusion costs on a GPU as a table, from the records of `benchmarks.gpu`: `python -m benchmarks.tables`
 
-It stands in README.md and benchmarks/README.md between two marks, and a test compares it with the records.
+It stands in site/using.md and benchmarks/README.md between two marks, and a test compares it with the records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from helpers.presets import ROOT
 
 BEGIN, END = "<!-- gpu-table -->", "<!-- /gpu-table -->"
 NOTHING = "Not yet measured: no run of `python -m benchmarks.gpu` on a CUDA GPU has been recorded."
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "site" / "using.md", ROOT / "benchmarks" / "README.md")
 RUNGS_HEAD = (
     "| variant of the preset | peak of training, GB | peak of validation, GB | a step, s | the homework, min |",
     "| --- | --- | --- | --- | --- |",

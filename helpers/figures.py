@@ -82,6 +82,41 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = PAGE_WIDTH, heigh
         return fig, fig.subplots(rows, columns, **kwargs)
 
 
+# ----------------------------------------------------------------------------------------------------- diagrams
+def diagram(
+    boxes: Mapping[str, tuple[float, float, str, str | None]],
+    arrows: Iterable[tuple[str, str, str]],
+    height: float,
+    trained: Iterable[str] = (),
+) -> Figure:
+    """Boxes with words, and arrows from box to box.
+
+    boxes: {name: (x, y, words, part)}, x and y in 0..1 from the lower left; the part's colour frames the box, and None
+    leaves words alone. arrows: (from, to, words beside the arrow). trained: boxes that are filled, since they train.
+    height: in inches.
+    """
+    fig, ax = new_figure(height=height)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_axis_off()
+    drawn = {}
+    for name, (x, y, words, part) in boxes.items():
+        colour = PART_COLOURS.get(part or "", "none")
+        inside = matplotlib.colors.to_rgba(colour, 0.18) if name in trained else "white"
+        frame = {"boxstyle": "round,pad=0.5", "edgecolor": colour, "linewidth": 2.0, "facecolor": inside}
+        drawn[name] = ax.text(x, y, words, ha="center", va="center", fontsize=7, bbox=frame, zorder=3)
+    for start, end, words in arrows:
+        here, there = (np.array(boxes[name][:2]) for name in (start, end))
+        look = {"arrowstyle": "-|>", "color": "#555555", "shrinkA": 2, "shrinkB": 2}
+        look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        ax.annotate("", there, here, arrowprops=look, zorder=2)
+        along = (there - here) * (PAGE_WIDTH, height)
+        across = np.array([-along[1], along[0]]) / np.hypot(*along) * (1 if along[0] > 0 else -1)  # to its left, or up
+        side = "left" if across[0] > 0.3 else "right" if across[0] < -0.3 else "center"
+        beside = {"xytext": 6 * across, "textcoords": "offset points", "ha": side, "va": "center", "fontsize": 6.5}
+        ax.annotate(words, (here + there) / 2, **beside, zorder=4)
+    return fig
+
+
 # -------------------------------------------------------------------------------------------------------- grids
 def grid(
     pictures: Sequence[Sequence[Image.Image | None]],

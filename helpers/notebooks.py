@@ -50,8 +50,8 @@ MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 40
 # Helpers that no notebook's result depends on.
 _NOT_EXECUTED = {
-    *("adapter_commands.py", "checks.py", "cli.py", "colab.py", "doctor.py", "notebooks.py", "report.py"),
-    "train_command.py",
+    *("adapter_commands.py", "checks.py", "cli.py", "colab.py", "doctor.py", "notebooks.py", "playground.py"),
+    *("report.py", "site.py", "train_command.py"),
 }
 
 
@@ -491,3 +491,14 @@ def _output_problems(output: nbformat.NotebookNode) -> Iterator[str]:
         alt = metadata.get(kind, {}).get("alt") or ("" if text.startswith("<") else text)
         if not alt.strip():
             yield "a picture without alt text"
+
+
+def main(arguments: list[str]) -> int:
+    """Names what keeps notebooks from being committed: `python -m helpers.notebooks FILE…`. Status 1 for any."""
+    found = [f"{path}: {problem}" for path in arguments for problem in problems(path)]
+    print("\n".join(found) or f"{len(arguments)} notebooks, no problems")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from filelock import FileLock
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy import event
@@ -85,7 +87,8 @@ def open_study(study: Study, storage: str) -> optuna.Study:
     retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
     beat = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE, "heartbeat_stale_trial_callback": retry}
     try:
-        backend = RDBStorage(storage, engine_kwargs=connection_of(storage), **beat)
+        with one_at_a_time(storage):
+            backend = RDBStorage(storage, engine_kwargs=connection_of(storage), **beat)
         if storage.startswith("sqlite:"):
             take_turns(backend)
     except Exception as error:  # SQLAlchemy's many kinds, and Optuna's
@@ -97,6 +100,13 @@ def open_study(study: Study, storage: str) -> optuna.Study:
         sampler=optuna.samplers.RandomSampler(),  # never asked: every trial was put there by `enqueue`
         load_if_exists=True,
     )
+
+
+def one_at_a_time(storage: str) -> AbstractContextManager[Any]:
+    """For an SQLite file a lock beside it: two sweeps that begin at once would both make its tables."""
+    file = storage.partition("sqlite:///")[2]
+    there = file and Path(file).parent.is_dir()  # the lock would make a folder that is not
+    return FileLock(f"{file}.lock", timeout=120) if there else nullcontext()
 
 
 def connection_of(storage: str) -> dict[str, Any]:

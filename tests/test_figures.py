@@ -204,3 +204,17 @@ def test_picture_difference(tmp_path):
     assert picture_difference(tmp_path / "a.png", tmp_path / "a.png") == 0
     assert picture_difference(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(1.0)
     assert picture_difference(tmp_path / "a.png", tmp_path / "c.png") is None
+
+
+def test_a_diagram_fills_what_trains_and_draws_every_arrow():
+    boxes = {"W": (0.2, 0.5, "W", "unet"), "A": (0.8, 0.5, "A", "lora"), "y": (0.5, 0.1, "y", None)}
+    fig = figures.diagram(boxes, [("W", "A", "words"), ("A", "y", "")], height=1.5, trained=("A",))
+    texts = {text.get_text(): text for text in fig.axes[0].texts if text.get_bbox_patch() is not None}
+    assert set(texts) == {"W", "A", "y"}
+    faces = {name: text.get_bbox_patch().get_facecolor() for name, text in texts.items()}
+    assert faces["W"] == (1, 1, 1, 1) != faces["A"]
+    arrows = [text for text in fig.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
+    assert len(arrows) == 2
+    assert "words" in [text.get_text() for text in fig.axes[0].texts]
+    with pytest.raises(KeyError):
+        figures.diagram(boxes, [("W", "gone", "")], height=1.5)

@@ -214,6 +214,14 @@ def test_every_rule_can_fail(breaking, tmp_path):
     assert len(found) == 1 and BROKEN[breaking] in found[0]
 
 
+def test_the_command_names_what_is_wrong(tmp_path, capsys):
+    path = write(sound(), tmp_path)
+    assert notebooks.main([str(path)]) == 0 and capsys.readouterr().out == "1 notebooks, no problems\n"
+    broken = sound()
+    on_stderr(broken)
+    assert notebooks.main([str(write(broken, tmp_path))]) == 1 and "stderr" in capsys.readouterr().out
+
+
 REPAIRED = [set_count, not_executed, png, papermill_metadata, widget_metadata, papermill_cell, widget]
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -63,6 +62,24 @@ def test_pins_are_exact_and_public():
 
 def test_torch_2_6_is_accepted():
     assert Version("2.6.0") in requirements()["torch"].specifier
+
+
+def test_the_lowest_versions_are_the_bounds():
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "lowest.py"], capture_output=True, text=True, check=True)
+    pins = {canonicalize_name(r.name): r for r in map(Requirement, done.stdout.splitlines())}
+    assert pins.keys() == requirements().keys()
+    for name, requirement in requirements().items():
+        [bound], [pin] = requirement.specifier, pins[name].specifier
+        assert (bound.operator, pin.operator) == (">=", "==") and pin.version.removesuffix(".*") == bound.version
+        assert Version(bound.version) in pins[name].specifier
+
+
+def test_hooks_run_what_there_is():
+    import yaml
+
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    modules = [re.search(r"-m ([\w.]+)", hook["entry"])[1] for hook in hooks]
+    assert modules == ["ruff", "helpers.notebooks"]
 
 
 def third_party_imports() -> set[str]:
@@ -177,11 +194,10 @@ def test_the_licence_is_there():
 def test_readme_names_commands_that_exist():
     from helpers.cli import _parser
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = ROOT / "README.md", ROOT / "site" / "using.md"
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     [commands] = [a.choices for a in _parser()._actions if a.choices]
-    named = set(re.findall(r"`course ([a-z]+)", text))
-    assert named and named <= set(commands)
+    named = set(re.findall(r"(?:`|^    )course ([a-z]+)", text, re.MULTILINE))
+    assert named == set(commands)
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z]+)", text)) <= targets
-    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
-        assert (ROOT / Path(link)).exists(), f"README.md links to {link}, which is not there"

@@ -175,6 +175,30 @@ def test_every_module_that_measures_is_there():
         assert (ROOT / "helpers" / f"{name}.py").exists(), name
 
 
+def test_sweeps_that_begin_at_once_open_a_new_file_one_after_the_other(storage, monkeypatch):
+    inside, most = [], []
+
+    def slow(*_, **__):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        raise RuntimeError("far enough")
+
+    def opens():
+        with pytest.raises(SweepError, match="far enough"):
+            open_study(SMALL, storage)
+
+    monkeypatch.setattr(sweep, "RDBStorage", slow)
+    monkeypatch.setattr(sweep, "code_hash", lambda study: "hash")
+    threads = [threading.Thread(target=opens) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
 def test_a_storage_that_cannot_be_opened_is_named():
     with pytest.raises(SweepError, match="cannot open the storage 'nonsense://nowhere'"):
         open_study(SMALL, "nonsense://nowhere")
