@@ -145,7 +145,7 @@ def run_course(given: argparse.Namespace) -> int:
     done = notebooks.run_all(given.preset, paths, settings, given.force)
     full = given.only is None and not settings
     if full and given.preset in PRESETS and preset.revision is None:
-        notebooks.write_durations(given.preset, done)
+        notebooks.write_costs(given.preset, done)
     summary(given.preset, done, publish=full and given.preset == DEFAULT)
     return 0
 

@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 from PIL import Image
 
 from .figures import jpeg
@@ -31,7 +32,8 @@ from .provenance import atomic_path, code_hash, versions, write_json_atomic
 from .results import Results, output_folder
 
 FOLDER = ROOT / "notebooks"
-DURATIONS = FOLDER / "durations.json"
+README = ROOT / "README.md"
+COSTS = FOLDER / "costs.json"  # {preset: {notebook: {"seconds", "gigabytes"}}}
 TIMEOUT = 1800  # seconds for one cell
 LONG_TIMEOUT = 24 * 3600  # for one that trains Stable Diffusion
 # The course needs no network and no account: libraries must not try, and must not mention it in a notebook's output.
@@ -223,11 +225,12 @@ def short(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ a whole course
 @dataclass(frozen=True)
 class Executed:
-    """What happened to one notebook: skipped (nothing it depends on has changed) or executed in so many seconds."""
+    """What happened to one notebook: skipped (nothing it depends on has changed) or executed, and what that took."""
 
     path: Path
     output: Path
     seconds: float
+    gigabytes: float  # of memory, at most
     skipped: bool
 
 
@@ -282,16 +285,17 @@ def run_all(
         heading = f"[{number}/{len(paths)}] {path.name}"
         if not force and before.get("key") == chain.hexdigest() and _intact(preset, path.stem, output, before):
             say(f"{heading}: unchanged, skipped")
-            done.append(Executed(path, output, before["seconds"], True))
+            done.append(Executed(path, output, before["seconds"], before["gigabytes"], True))
             continue
         expected = expected_seconds(preset, path.stem) or before.get("seconds")
         stamp.unlink(missing_ok=True)
         Results(preset).forget(path.stem)
-        with progress(heading, expected, say):
+        with progress(heading, expected, say), watched_memory() as most:
             seconds = execute(path, output, own, environment)
         names = {"values": _recorded(preset, "values", path.stem), "figures": _recorded(preset, "figures", path.stem)}
-        write_json_atomic(stamp, {"key": chain.hexdigest(), "seconds": round(seconds, 1), **names})
-        done.append(Executed(path, output, seconds, False))
+        cost = {"seconds": round(seconds, 1), "gigabytes": round(most() / 1e9, 2)}
+        write_json_atomic(stamp, {"key": chain.hexdigest(), **cost, **names})
+        done.append(Executed(path, output, seconds, cost["gigabytes"], False))
     return done
 
 
@@ -300,7 +304,38 @@ def _read_stamp(path: Path) -> dict[str, Any]:
         stamp = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return stamp if isinstance(stamp, dict) and {"key", "seconds", "values", "figures"} <= stamp.keys() else {}
+    whole = {"key", "seconds", "gigabytes", "values", "figures"}
+    return stamp if isinstance(stamp, dict) and whole <= stamp.keys() else {}
+
+
+@contextmanager
+def watched_memory(every: float = 0.5) -> Iterator[Callable[[], int]]:
+    """Watches this process's children within the block, and theirs; the function given says the most they took, bytes.
+
+    It looks every so many seconds at the resident memory of all of them together.
+    """
+    most, ended = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(every):
+            most = max(most, _memory_of_children())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: most
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _memory_of_children() -> int:
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            total += process.memory_info().rss
+    return total
 
 
 def _recorded(preset: str, section: str, notebook: str) -> list[str]:
@@ -316,24 +351,45 @@ def _intact(preset: str, notebook: str, output: Path, stamp: dict[str, Any]) -> 
 
 
 def expected_seconds(preset: str, notebook: str) -> float | None:
-    """Seconds that a notebook took when durations.json was written, or None."""
-    try:
-        return json.loads(DURATIONS.read_text(encoding="utf-8"))[preset][notebook]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """Seconds that a notebook took when costs.json was written, or None."""
+    return _costs().get(preset, {}).get(notebook, {}).get("seconds")
 
 
-def write_durations(preset: str, done: list[Executed]) -> None:
-    """Notes how long each executed notebook took, unless it is close to what is noted already."""
+def _costs() -> dict[str, dict[str, dict[str, float]]]:
     try:
-        table = json.loads(DURATIONS.read_text(encoding="utf-8"))
+        return json.loads(COSTS.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        table = {}
+        return {}
+
+
+def write_costs(preset: str, done: list[Executed]) -> None:
+    """Notes what each executed notebook took, unless both are close to what is noted already.
+
+    Of the default preset README.md's table says the same, and is written anew.
+    """
+    costs = _costs()
     for one in done:
-        before = table.setdefault(preset, {}).get(one.path.stem)
-        if not one.skipped and (before is None or abs(one.seconds - before) > 0.25 * before):
-            table[preset][one.path.stem] = max(1, round(one.seconds))
-    write_json_atomic(DURATIONS, table)
+        before = costs.setdefault(preset, {}).get(one.path.stem)
+        now = {"seconds": max(1, round(one.seconds)), "gigabytes": round(one.gigabytes, 1)}
+        if not one.skipped and (before is None or any(abs(now[k] - before[k]) > 0.25 * before[k] for k in now)):
+            costs[preset][one.path.stem] = now
+    write_json_atomic(COSTS, costs)
+    if preset == "mini" and README.exists():
+        with atomic_path(README) as temporary:
+            temporary.write_text(with_costs(README.read_text(encoding="utf-8"), costs[preset]), encoding="utf-8")
+
+
+def with_costs(page: str, costs: dict[str, dict[str, float]]) -> str:
+    """The page with each notebook's time and memory in the last two columns of its row, `| [01](…) | … | … | … |`."""
+
+    def row(match: re.Match[str]) -> str:
+        cost = costs.get(match[2])
+        if cost is None:
+            return match[0]
+        return f"{match[1]} {duration(cost['seconds'])} | {cost['gigabytes']:.1f} GB |"
+
+    pattern = r"^(\| \[\w+\]\(notebooks/(\w+)\.ipynb\) \| [^|]+ \|) [^|]+ \| [^|]+ \|$"
+    return re.sub(pattern, row, page, flags=re.MULTILINE)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,7 +45,8 @@ def course(tmp_path, monkeypatch):
     write_notebook(folder / "01_first.ipynb", 'PRESET = "mini"', WRITE % "a", RECORD)
     write_notebook(folder / "02_second.ipynb", FIRST, WRITE % "b", "print(PRESET, FROM_SCRATCH)")
     monkeypatch.setattr(notebooks, "FOLDER", folder)
-    monkeypatch.setattr(notebooks, "DURATIONS", folder / "durations.json")
+    monkeypatch.setattr(notebooks, "COSTS", folder / "costs.json")
+    monkeypatch.setattr(notebooks, "README", tmp_path / "README.md")
     monkeypatch.setattr(notebooks, "shared_key", lambda preset: {"preset": preset})
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(cli, "build_report", lambda results, figures, output: output)
@@ -67,7 +70,9 @@ def test_a_full_run_then_a_second_then_a_change(course, capsys):
     assert "mini True" in output, "a notebook that trains is told to"
     assert (course / "figures/fig01_x.png").read_bytes() == b"picture"
     assert json.loads((course / "report/results.json").read_text())["values"]["answer"]["notebook"] == "01_first"
-    assert set(json.loads((course / "notebooks/durations.json").read_text())["mini"]) == {"01_first", "02_second"}
+    costs = json.loads((course / "notebooks/costs.json").read_text())["mini"]
+    assert set(costs) == {"01_first", "02_second"}
+    assert all(0.01 < cost["gigabytes"] < 4 and cost["seconds"] >= 1 for cost in costs.values())
 
     assert cli.main(["run"]) == 0
     said = capsys.readouterr().out
@@ -133,18 +138,40 @@ def test_outputs_do_not_change_the_source_hash(course):
     assert notebooks.source_hash(path) != before
 
 
-def test_durations_change_only_when_they_differ_much(course):
-    def one(seconds, skipped=False):
-        return notebooks.Executed(Path("01_x.ipynb"), Path("x"), seconds, skipped)
+def test_costs_change_only_when_they_differ_much(course):
+    def one(seconds, gigabytes=1.0, skipped=False):
+        return notebooks.Executed(Path("01_x.ipynb"), Path("x"), seconds, gigabytes, skipped)
 
-    notebooks.write_durations("mini", [one(100)])
-    notebooks.write_durations("mini", [one(110)])
+    def noted():
+        return json.loads(notebooks.COSTS.read_text())["mini"]["01_x"]
+
+    row = "| [01](notebooks/01_x.ipynb) | what | %s | %s |\n| [02](notebooks/02_y.ipynb) | what | a | b |\n"
+    notebooks.README.write_text(row % ("?", "?"))
+    notebooks.write_costs("mini", [one(100)])
+    assert notebooks.README.read_text() == row % ("1 min 40 s", "1.0 GB")
+    notebooks.write_costs("mini", [one(110, 1.1)])
+    assert notebooks.expected_seconds("mini", "01_x") == 100 and noted()["gigabytes"] == 1.0
+    notebooks.write_costs("mini", [one(200, skipped=True)])
     assert notebooks.expected_seconds("mini", "01_x") == 100
-    notebooks.write_durations("mini", [one(200, skipped=True)])
-    assert notebooks.expected_seconds("mini", "01_x") == 100
-    notebooks.write_durations("mini", [one(200)])
-    assert notebooks.expected_seconds("mini", "01_x") == 200
-    assert notebooks.expected_seconds("smoke", "01_x") is None
+    notebooks.write_costs("mini", [one(110, 2.0)])
+    assert noted() == {"seconds": 110, "gigabytes": 2.0}
+    notebooks.write_costs("smoke", [one(5)])
+    assert "1 min 50 s | 2.0 GB" in notebooks.README.read_text(), "the table is the default preset's"
+    assert notebooks.expected_seconds("sd21", "01_x") is None
+
+
+def test_the_committed_table_says_what_was_measured():
+    costs, text = json.loads(notebooks.COSTS.read_text())["mini"], notebooks.README.read_text(encoding="utf-8")
+    assert set(costs) == {path.stem for path in notebooks.committed()}
+    assert notebooks.with_costs(text, costs) == text
+    rows = re.findall(r"^\| \[\d\d\]\(notebooks/(\w+)\.ipynb\) .+ [\d.]+ GB \|$", text, re.MULTILINE)
+    assert rows == sorted(costs)
+
+
+def test_memory_of_child_processes_is_watched():
+    with notebooks.watched_memory(every=0.02) as most:
+        subprocess.run([sys.executable, "-c", "x = bytearray(200_000_000); import time; time.sleep(0.5)"], check=True)
+    assert 2e8 < most() < 6e8
 
 
 @pytest.mark.parametrize(
