@@ -182,7 +182,8 @@ def publish_results(results: Any, figures: Path, report: Path) -> None:
     from .provenance import atomic_path
 
     source = results.path.parent
-    pairs = [(source / entry["file"], figures / Path(entry["file"]).name) for entry in results.figures.values()]
+    files = [entry[key] for entry in results.figures.values() for key in ("file", "vector") if key in entry]
+    pairs = [(source / file, figures / Path(file).name) for file in files]
     for old, new in [*pairs, (results.path, report / "results.json")]:
         with atomic_path(new) as temporary:
             shutil.copyfile(old, temporary)

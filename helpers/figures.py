@@ -328,6 +328,8 @@ def save_figure(
 ) -> Path:
     """Writes `figures/<name>.png` in the preset's output folder, notes it in results.json, and returns the file.
 
+    One without pictures in it is also written as `<name>.svg`, which the report prints: lines and letters at any size.
+
     name: such as "fig06_evolution_doodles"; alt: the sentence that a reader hears who cannot see the figure;
     model: the title of the base model that drew the pictures ("MiniSD" is never labelled Stable Diffusion);
     run: the training run or its key; seed: of the initial latents; provenance: more facts, such as notebook="06_…".
@@ -342,8 +344,13 @@ def save_figure(
     metadata = {"Software": None, "Title": name, "Description": alt, "Source": model}
     with atomic_path(path) as temporary:
         _save(fig, temporary, format="png", dpi=DPI, metadata=metadata)
+    vector = path.with_suffix(".svg") if not any(ax.images for ax in fig.axes) else None
+    if vector:
+        with atomic_path(vector) as temporary, matplotlib.rc_context({"svg.hashsalt": name}):
+            _save(fig, temporary, format="svg", metadata={"Date": None, "Creator": None, "Title": name})
     key = getattr(run, "key", run)
-    facts = {"file": f"figures/{path.name}", "alt": alt, "model": model, "run": key, "seed": seed, **provenance}
+    files = {"file": f"figures/{path.name}", "vector": vector and f"figures/{vector.name}"}
+    facts = {**files, "alt": alt, "model": model, "run": key, "seed": seed, **provenance}
     with Image.open(path) as picture:
         Results(preset).record_figure(name, **facts, width=picture.width, height=picture.height)
     fig._course_alt = alt  # type: ignore[attr-defined]  # for `show`

@@ -85,9 +85,12 @@ def _write_sources(folder: Path, values: dict[str, Any], figures: dict[str, dict
     """Everything that typst reads, in one folder: it may read nothing outside of its root."""
     for source in (SOURCE, SOURCE.parent / BIBLIOGRAPHY):
         shutil.copyfile(source, folder / source.name)
-    for key, figure in figures.items():
+    for figure in figures.values():
+        if figure["path"].suffix == ".svg":
+            shutil.copyfile(figure["path"], folder / figure["shown"])
+            continue
         with Image.open(figure["path"]) as picture:  # as PNG the pictures would make the PDF several times as large
-            (folder / f"{key}.jpg").write_bytes(jpeg(picture, quality=95, sharp_colours=True))
+            (folder / figure["shown"]).write_bytes(jpeg(picture, quality=95, sharp_colours=True))
     shown = {key: {k: v for k, v in figure.items() if k != "path"} for key, figure in figures.items()}
     (folder / "data.json").write_text(json.dumps({"values": values, "figures": shown}), encoding="utf-8")
 
@@ -143,7 +146,10 @@ def check_fresh(data: dict[str, Any], preset: Preset) -> None:
 
 
 def find_figures(data: dict[str, Any], folder: Path, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """{"fig06": {path, alt, model, width, height, …}} for each key. Raises ReportError naming what is missing."""
+    """{"fig06": {path, shown, alt, model, width, height, …}} for each key; a plot's path is that of its vector file.
+
+    shown: the file's name in the report's folder; width and height in pixels. Raises ReportError for what is missing.
+    """
     found = {}
     for key in keys:
         names = [name for name in data["figures"] if name == key or name.startswith(f"{key}_")]
@@ -151,15 +157,18 @@ def find_figures(data: dict[str, Any], folder: Path, keys: list[str]) -> dict[st
             problem = f"has {' and '.join(names)}" if names else "has none"
             raise ReportError(f"the report needs one figure {key}, and results.json {problem}; run `course run` again")
         entry = data["figures"][names[0]]
-        path = folder / Path(entry.get("file", f"{names[0]}.png")).name
-        if not path.is_file():
-            raise ReportError(f"the figure {path.name} is missing from {folder.name}/; run `course run` again")
+        drawn = folder / Path(entry.get("file", f"{names[0]}.png")).name
+        path = folder / Path(entry.get("vector") or drawn).name
+        for file in {drawn, path}:
+            if not file.is_file():
+                raise ReportError(f"the figure {file.name} is missing from {folder.name}/; run `course run` again")
         for fact in ("alt", "model"):
             if not str(entry.get(fact) or "").strip():
                 raise ReportError(f"the figure {names[0]!r} has no {fact} in results.json; save it with save_figure")
-        with Image.open(path) as picture:
+        with Image.open(drawn) as picture:
             size = {"width": picture.width, "height": picture.height}
-        found[key] = {**entry, **size, "name": names[0], "path": path}
+        shown = f"{key}.svg" if path.suffix == ".svg" else f"{key}.jpg"
+        found[key] = {**entry, **size, "name": names[0], "path": path, "shown": shown}
     return found
 
 

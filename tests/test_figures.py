@@ -121,6 +121,23 @@ def test_saved_figures_are_the_same_bytes(output):
     assert info["dpi"][0] == pytest.approx(200, abs=0.1)
 
 
+def test_plots_are_saved_as_vectors_too_and_pictures_are_not(output):
+    def plot():
+        fig, ax = new_figure()
+        ax.plot([0, 1], [1, 0])
+        return fig
+
+    path = save_figure(plot(), "fig04_plot", "mini", "one line that falls", "MiniSD").with_suffix(".svg")
+    first = path.read_bytes()
+    assert b"<image" not in first and b"<text" not in first, "letters are outlines: no font is needed to print them"
+    save_figure(plot(), "fig04_plot", "mini", "one line that falls", "MiniSD")
+    assert path.read_bytes() == first and b"Matplotlib v" not in first
+    save_figure(strip([picture()]), "fig05_strip", "mini", "one plain red square", "MiniSD")
+    figures_noted = results.Results("mini").figures
+    assert figures_noted["fig04_plot"]["vector"] == "figures/fig04_plot.svg" and path.exists()
+    assert "vector" not in figures_noted["fig05_strip"] and not path.with_name("fig05_strip.svg").exists()
+
+
 def test_saved_figures_are_registered(output):
     fig = strip([picture()])
     path = save_figure(fig, "fig02_x", "mini", "one plain red square", "MiniSD", run="abc", seed=7, notebook="03_y")

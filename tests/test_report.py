@@ -79,6 +79,19 @@ def test_compiles_to_the_same_accessible_pdf_twice(sources, tmp_path):
     assert sources.compile() != first, "a value must reach the page"
 
 
+def test_a_plot_is_printed_from_its_vector_file(sources):
+    before = sources.compile()
+    name = "fig15_dummy"
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100"><path d="M0 0L300 100" stroke="red"/></svg>'
+    (sources.figures / f"{name}.svg").write_text(svg)
+    sources.data["figures"][name]["vector"] = f"figures/{name}.svg"
+    after = sources.compile()
+    assert after.count(b"/DCTDecode") == before.count(b"/DCTDecode") - 1
+    (sources.figures / f"{name}.svg").unlink()
+    with pytest.raises(ReportError, match="fig15_dummy.svg is missing"):
+        sources.compile()
+
+
 def test_all_nine_figures_of_the_homework_are_shown():
     assert required_figures()[:9] == [f"fig{number:02d}" for number in range(1, 10)]
     assert {"fig13", "fig15", "fig16", "fig17"} <= set(required_figures())
