@@ -13,6 +13,7 @@ import re
 import shutil
 import struct
 import tempfile
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def compile(results_path: Path | str, figures_dir: Path | str, output: Path | st
         wanted = [key for key in wanted if any(name.startswith(key) for name in data["figures"])]
     figures = find_figures(data, Path(figures_dir), wanted)
     with tempfile.TemporaryDirectory() as folder:
-        _write_sources(Path(folder), values, figures)
+        _write_sources(Path(folder), values, figures, data["provenance"])
         try:
             pdf = typst.compile(
                 str(Path(folder) / SOURCE.name),
@@ -81,7 +82,18 @@ def compile(results_path: Path | str, figures_dir: Path | str, output: Path | st
     return Path(output)
 
 
-def _write_sources(folder: Path, values: dict[str, Any], figures: dict[str, dict[str, Any]]) -> None:
+def made(figure: dict[str, Any], note: dict[str, Any]) -> str:
+    """Where a figure comes from, in one line: what drew it, from which run and noise, with which code and weights."""
+    facts = [(name, figure.get(name)) for name in ("run", "seed")]
+    facts += [(name, note.get(name)) for name in ("code", "weights")]
+    known = [f"{name} {value}" for name, value in facts if value is not None]
+    drawn = str(figure.get("notebook") or "?").split("_")[0]
+    return f"Drawn by notebook {drawn}: {', '.join(known)}."
+
+
+def _write_sources(
+    folder: Path, values: dict[str, Any], figures: dict[str, dict[str, Any]], provenance: dict[str, dict[str, Any]]
+) -> None:
     """Everything that typst reads, in one folder: it may read nothing outside of its root."""
     for source in (SOURCE, SOURCE.parent / BIBLIOGRAPHY):
         shutil.copyfile(source, folder / source.name)
@@ -92,6 +104,8 @@ def _write_sources(folder: Path, values: dict[str, Any], figures: dict[str, dict
         with Image.open(figure["path"]) as picture:  # as PNG the pictures would make the PDF several times as large
             (folder / figure["shown"]).write_bytes(jpeg(picture, quality=95, sharp_colours=True))
     shown = {key: {k: v for k, v in figure.items() if k != "path"} for key, figure in figures.items()}
+    for figure in shown.values():
+        figure["made"] = made(figure, provenance.get(figure.get("provenance"), {}))
     (folder / "data.json").write_text(json.dumps({"values": values, "figures": shown}), encoding="utf-8")
 
 
@@ -239,8 +253,22 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def version_facts(data: dict[str, Any]) -> dict[str, str]:
-    """What the values were measured with: "versions/torch" … (several, when notebooks ran on several machines)."""
+def version_facts(data: dict[str, Any]) -> dict[str, Any]:
+    """What the values were measured with: "versions/torch" … (several, when notebooks ran on several machines).
+
+    "versions/pinned" is what the repository asks for.
+    """
     notes = data["provenance"].values()
     keys = ("python", "torch", "diffusers", "transformers", "device")
-    return {f"versions/{key}": " and ".join(sorted({str(note.get(key, "?")) for note in notes})) for key in keys}
+    facts: dict[str, Any] = {}
+    for key in keys:
+        facts[f"versions/{key}"] = " and ".join(sorted({str(note.get(key, "?")) for note in notes}))
+    return facts | {"versions/pinned": pinned()}
+
+
+def pinned() -> list[str]:
+    """"torch 2.13.0" and so on: the versions of constraints.txt, of the libraries that pyproject.toml names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [line.replace("==", " ") for line in lines if line.split("==")[0] in named]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import typst
@@ -90,6 +91,23 @@ def test_a_plot_is_printed_from_its_vector_file(sources):
     (sources.figures / f"{name}.svg").unlink()
     with pytest.raises(ReportError, match="fig15_dummy.svg is missing"):
         sources.compile()
+
+
+def test_every_figure_says_where_it_comes_from():
+    figure = {"notebook": "05_styled_generations", "run": "c3eb", "seed": 0}
+    note = {"code": "abc", "weights": "def", "torch": "2"}
+    assert report.made(figure, note) == "Drawn by notebook 05: run c3eb, seed 0, code abc, weights def."
+    assert report.made({"notebook": "01_x"}, {}) == "Drawn by notebook 01: ."
+    layout = report.SOURCE.read_text(encoding="utf-8").split("// --- text")[-2]
+    assert "e.made" in layout
+
+
+def test_the_appendix_has_every_setting_and_every_pin(sources):
+    facts = report.gather(sources.data, get_preset("mini"))
+    names = {f"train/{field.name}" for field in fields(get_preset("mini").train)}
+    assert names == {name for name in facts if name.startswith("train/")}
+    pins = dict(pin.split(" ") for pin in report.pinned())
+    assert {"torch", "diffusers", "peft", "jupyterlab", "nbval"} <= set(pins) and "ruff" not in pins
 
 
 def test_all_nine_figures_of_the_homework_are_shown():
