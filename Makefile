@@ -2,7 +2,8 @@
 # make test                              install, then lint, types, unit tests, notebooks and measured numbers
 # make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place
-# make site                              the notebooks as a website that needs no network: build/site/index.html
+# make site                              the notebooks as a website that needs no network (build/site/index.html), and what
+#                                        needs a browser: site and playground in Chromium, where it is installed
 # TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).
 PYTHON ?= python3
 PRESET ?= mini
@@ -30,6 +31,7 @@ notebooks: $(STAMP)
 site: $(STAMP)
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[site]"
 	.venv/bin/python -m helpers.site
+	.venv/bin/python -m pytest -q tests/browser
 
 install: $(STAMP)
 

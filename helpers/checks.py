@@ -66,9 +66,12 @@ def types(environment: dict[str, str], target: Path = ROOT / "helpers") -> Outco
 
 
 def unit_tests(environment: dict[str, str]) -> Outcome:
-    """pytest over tests/, without the output folder of the notebooks: tests choose their own."""
+    """pytest over tests/, without the output folder of the notebooks: tests choose their own.
+
+    What needs a browser is left to `make site`.
+    """
     environment = {name: value for name, value in environment.items() if name != "COURSE_OUTPUT"}
-    return _pytest("pytest", ["tests"], environment)
+    return _pytest("pytest", ["tests", "--ignore=tests/browser"], environment)
 
 
 def notebook_tests(environment: dict[str, str], paths: list[Path]) -> Outcome:

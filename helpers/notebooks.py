@@ -53,7 +53,7 @@ MAX_CELL_LINES = 40
 # Helpers that no notebook's result depends on.
 _NOT_EXECUTED = {
     *("adapter_commands.py", "checks.py", "cli.py", "colab.py", "doctor.py", "notebooks.py", "playground.py"),
-    *("report.py", "site.py", "train_command.py"),
+    *("playground_widgets.py", "report.py", "site.py", "train_command.py"),
 }
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # What a measured number depends on: all of `helpers` except what only shows, starts or reports.
 _NOT_MEASURING = {
     *("adapter_commands.py", "cards.py", "checks.py", "cli.py", "colab.py", "doctor.py", "exercises.py", "figures.py"),
-    *("hub.py", "machine.py", "notebooks.py", "playground.py", "progress.py", "report.py", "results.py"),
-    *("sd_configs.py", "site.py", "sweep.py", "tracking.py", "train_command.py", "widgets.py"),
+    *("hub.py", "machine.py", "notebooks.py", "playground.py", "playground_widgets.py", "progress.py", "report.py"),
+    *("results.py", "sd_configs.py", "site.py", "sweep.py", "tracking.py", "train_command.py", "widgets.py"),
 }
 
 

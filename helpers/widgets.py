@@ -44,7 +44,9 @@ def picture_slider(rows: Mapping[str, Sequence[Image.Image]], values: Sequence[s
     for title, pictures in rows.items():
         if len(pictures) != len(values):
             raise ValueError(f"{title!r} has {len(pictures)} pictures for {len(values)} values")
-    slider = ipywidgets.SelectionSlider(options=list(values), value=values[len(values) // 2], description=description)
+    look = {"style": {"description_width": "initial"}, "layout": {"width": "420px"}}  # else long names are cut off
+    start = values[len(values) // 2]
+    slider = ipywidgets.SelectionSlider(options=list(values), value=start, description=description, **look)
     images = {title: ipywidgets.Image(format="png", width=256) for title in rows}
 
     def turn(_change: object = None) -> None:

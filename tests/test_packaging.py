@@ -48,7 +48,9 @@ def test_the_conda_environment_is_pyproject():
 
 def test_every_direct_dependency_is_pinned_within_its_bounds():
     pins = constraints()
-    for name, requirement in requirements().items():
+    site = map(Requirement, PROJECT["project"]["optional-dependencies"]["site"])
+    for requirement in [*requirements().values(), *site]:
+        name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in constraints.txt"
         [pin] = pins[name].specifier
         assert pin.operator == "==" and Version(pin.version) in requirement.specifier
