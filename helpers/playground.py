@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from IPython.display import display
 from PIL import Image, ImageDraw, PngImagePlugin
@@ -123,7 +124,8 @@ def build_prompt(words: str, **parts: str) -> str:
     words: a style whose words it gets, or "mix" for the words of both adapters' styles.
     """
     fields = [field.name for field in dataclasses.fields(Scene) if field.default is dataclasses.MISSING]
-    scene = Scene(**(dict.fromkeys(fields, "none") | parts))
+    chosen: dict[str, Any] = dict.fromkeys(fields, "none") | parts
+    scene = Scene(**chosen)
     return f"{prompt(scene, 'doodles')}, vintage style" if words == "mix" else prompt(scene, words)
 
 
@@ -346,6 +348,6 @@ def play(preset: str | Preset) -> None:
     settings = dataclasses.replace(engine.default(text), seed=1)
     drawn = {name: engine.draw(dataclasses.replace(settings, adapter=name)) for name in engine.choices}
     names, last = ["base model", *list(drawn)[1:]], list(drawn)[-1]
-    both = before_after(*(enlarged(drawn[name]) for name in ("none", last)), 0.5)
+    both = before_after(enlarged(drawn["none"]), enlarged(drawn[last]), 0.5)
     fig = grid([[*drawn.values(), both]], None, [*names, f"base | {last}"], f"{engine.components.title}: “{text}”")
     show(fig, f"One prompt and seed drawn with {', '.join(names)}; then the left half of the first beside the last.")

@@ -379,13 +379,13 @@ class Playground:
     def _draw(self) -> None:
         """The picture in progress if there is one, else the current one, left of the boundary the base model's."""
         studio, drawn = self.studio, self.studio.current
-        pair = drawn is not None and drawn.base is not None and drawn.settings.adapter != "none"
-        self.compare.layout.visibility = "visible" if pair and not studio.busy else "hidden"
-        picture = studio.preview if studio.busy else drawn and drawn.picture
+        base = drawn.base if drawn and drawn.settings.adapter != "none" and not studio.busy else None
+        self.compare.layout.visibility = "visible" if base else "hidden"
+        picture = studio.preview if studio.busy else drawn.picture if drawn else None
         if picture is None:
             return
-        if pair and not studio.busy:
-            picture = before_after(enlarged(drawn.base, SIDE), enlarged(picture, SIDE), self.share.value)
+        if base:
+            picture = before_after(enlarged(base, SIDE), enlarged(picture, SIDE), self.share.value)
         self.image.value = png(enlarged(picture, SIDE))
 
     def _history(self) -> None:

@@ -105,7 +105,7 @@ def _write_sources(
             (folder / figure["shown"]).write_bytes(jpeg(picture, quality=95, sharp_colours=True))
     shown = {key: {k: v for k, v in figure.items() if k != "path"} for key, figure in figures.items()}
     for figure in shown.values():
-        figure["made"] = made(figure, provenance.get(figure.get("provenance"), {}))
+        figure["made"] = made(figure, provenance.get(str(figure.get("provenance")), {}))
     (folder / "data.json").write_text(json.dumps({"values": values, "figures": shown}), encoding="utf-8")
 
 

@@ -101,7 +101,8 @@ def title(path: Path) -> str:
 def modules() -> str:
     """The teaching modules, each with the first line of its docstring."""
     docs = {name: ast.parse((ROOT / "helpers" / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
-    lines = [f"- [{name}](api/{name}.rst): {ast.get_docstring(tree).splitlines()[0]}" for name, tree in docs.items()]
+    said = {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in docs.items()}
+    lines = [f"- [{name}](api/{name}.rst): {words}" for name, words in said.items()]
     return "\n".join([*lines, "", toctree("", [f"api/{name}" for name in MODULES])])
 
 
@@ -134,7 +135,8 @@ def build(output: Path = OUTPUT) -> bool:
     for folder in (output, doctrees):
         shutil.rmtree(folder, ignore_errors=True)
     lay_out(source)
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", doctrees, source, output]
+    folders = [str(folder) for folder in (doctrees, source, output)]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", *folders]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | notebooks.OFFLINE, check=False)
     for path in [path for paths in pages().values() for path in paths]:  # for those who want to run one
         target = output / path.relative_to(ROOT)
@@ -203,7 +205,7 @@ def check(folder: Path) -> tuple[int, int, list[str]]:
         links += len(page.links)
     for path in sorted(folder.rglob("*.css")):
         addresses = _IN_CSS.findall(path.read_text(encoding="utf-8"))
-        found = filter(None, (load_problem(path, address) for address in addresses))
+        found = [problem for address in addresses if (problem := load_problem(path, address))]
         problems += [f"{path.relative_to(folder).as_posix()}: {problem}" for problem in found]
     return len(read), links, problems
 
