@@ -74,6 +74,7 @@ def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str,
 
 
 def write_cache(components: Components, dataset: Dataset, folder: Path, key: str) -> None:
+    """Compute the cache of a dataset and write it into a folder, with the key and the hash of what is in it."""
     cache = compute_cache(components, dataset, folder)
     content = tensor_hash({name: getattr(cache, name) for name in ARRAYS})
     write_json_atomic(folder / "index.json", {"key": key, "content": content, "captions": cache.captions})

@@ -58,6 +58,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def memory_advice(preset: str) -> str:
+    """The sentence for a GPU without memory left: which settings of the preset take less."""
     from .machine import out_of_memory
 
     return out_of_memory(preset)

@@ -70,6 +70,7 @@ class Components:
 
     @property
     def device(self) -> torch.device:
+        """Where the U-Net's weights are, and with them all that is computed."""
         return next(self.unet.parameters()).device  # diffusers' own property walks through all modules each time
 
     @property

@@ -71,6 +71,7 @@ def split_rows(spec: DatasetSpec, split: str, total: int) -> range | list[int]:
 
 
 def drawn_rows(place: str, split: str, size: int, rows: int) -> Dataset:
+    """The first rows of a drawn dataset of a style, or of a recipe such as "doodles?shuffled=0.5"; none for 0."""
     from .recipes import drawn_by
 
     dataset = drawn_by(place, split, size, max(rows, 1))

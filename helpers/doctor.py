@@ -109,6 +109,7 @@ def examine() -> tuple[list[Finding], str]:
 
 
 def software() -> list[Finding]:
+    """What is installed: Python, the libraries, MiniSD's weights, the notebooks."""
     from .components import PARTS
     from .provenance import versions
 
@@ -128,6 +129,7 @@ def software() -> list[Finding]:
 
 
 def hardware(machine: Machine) -> list[Finding]:
+    """What the machine has: cores, memory, disk, and a GPU with what is wrong with it."""
     import psutil
 
     from .provenance import versions
@@ -160,10 +162,12 @@ def for_stable_diffusion(machine: Machine) -> list[Finding]:
 
 
 def state(fine: object) -> str:
+    """How a finding reads: fine, or lacking something."""
     return OK if fine else LACKS
 
 
 def at_least(version: str, wanted: tuple[int, int]) -> bool:
+    """Whether a version such as "2.13.0+cpu" is the wanted (major, minor) or a later one."""
     numbers = version.split("+")[0].split(".")[:2]
     return all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) >= wanted
 

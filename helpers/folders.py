@@ -29,6 +29,7 @@ class DataError(ValueError):
 
 
 def missing_column(column: str, existing, where: str) -> DataError:
+    """The error for a column that is not there; it names those that are."""
     return DataError(f"{where} has no column {column!r}; its columns are: {', '.join(map(str, existing)) or 'none'}")
 
 
@@ -148,6 +149,7 @@ def pairs_from_text_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def read_text(path: Path) -> str:
+    """The text of a file without the space around it. Raises DataError unless it is UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except ValueError as error:

@@ -66,18 +66,21 @@ def layer_of(component: str | None, name: str) -> str:
 
 
 def place_in_diffusers(key: str) -> Place | None:
+    """(layer, part) of a key in diffusers' layout; None for a key of another layout."""
     parts = "|".join(map(re.escape, PARTS))
     match = re.fullmatch(rf"(unet|text_encoder)\.(.+)\.({parts})", key)
     return match and (layer_of(match[1], match[2]), match[3])
 
 
 def place_in_peft(key: str) -> Place | None:
+    """(layer, part) of a key in PEFT's own layout; None for a key of another layout."""
     parts = "|".join(map(re.escape, PARTS))
     match = re.fullmatch(rf"base_model\.model\.(.+)\.({parts})", key)
     return match and (layer_of(None, match[1]), match[2])
 
 
 def place_in_kohya(key: str) -> Place | None:
+    """(layer, part) of a key as kohya's trainers write it; None for a key of another layout."""
     match = re.fullmatch(r"lora_(unet|te)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)", key)
     name = match and dotted(match[2])
     if not name:
@@ -87,6 +90,7 @@ def place_in_kohya(key: str) -> Place | None:
 
 
 def place_in_old(key: str) -> Place | None:
+    """(layer, part) of a key as diffusers wrote it before PEFT; None for a key of another layout."""
     kinds = "lora|lora_linear_layer|to_[a-z]+_lora"
     match = re.fullmatch(rf"(?:(unet|text_encoder)\.)?(.+)\.({kinds})\.(down|up)\.weight", key)
     if match is None:

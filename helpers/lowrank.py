@@ -33,10 +33,12 @@ class LoRAWeights:
 
     @property
     def rank(self) -> int:
+        """The inner size of B A."""
         return self.A.shape[0]
 
     @property
     def scaling(self) -> float:
+        """The factor in front of B A."""
         return lora.scaling_of(self.rank, self.alpha, self.use_rslora)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -81,9 +81,11 @@ class Studio:
 
     @property
     def busy(self) -> bool:
+        """Whether a picture is being drawn."""
         return self._thread is not None
 
     def say(self, message: str) -> None:
+        """Show a sentence to the person in front."""
         self.message = message
         self.on_change()
 

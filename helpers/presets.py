@@ -129,6 +129,7 @@ class Datasets(tuple):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The datasets' names, in order."""
         return tuple(spec.name for spec in self)
 
 

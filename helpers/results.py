@@ -148,10 +148,12 @@ class Results:
 
     @property
     def names(self) -> list[str]:
+        """The names of all values, sorted."""
         return sorted(self.data["values"])
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
+        """{name: what is known about the figure}."""
         return self.data["figures"]
 
     def forget(self, notebook: str) -> None:

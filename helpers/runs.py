@@ -210,6 +210,7 @@ class Run:
         return [json.loads(path.read_text(encoding="utf-8")) for path in found]
 
     def validation_dir(self, step: int) -> Path:
+        """Where the validation pictures after a step are."""
         return self.dir / "validation" / f"step-{step:06d}"
 
     def validation_pictures(self, step: int) -> list[Image.Image]:
@@ -232,6 +233,7 @@ class Run:
         return sorted(int(path.name.removeprefix("step-")) for path in self.dir.glob("checkpoints/step-*"))
 
     def checkpoint_dir(self, step: int) -> Path:
+        """Where the checkpoint after a step is."""
         return self.dir / "checkpoints" / f"step-{step:06d}"
 
 

@@ -34,6 +34,7 @@ class Point:
 
     @property
     def name(self) -> str:
+        """What the study calls the point: "rows=16"."""
         return f"{self.factor}={self.label}" if self.label else self.factor
 
 
@@ -61,10 +62,12 @@ class Study:
 
     @property
     def steps(self) -> int:
+        """How long each run trains."""
         return self.measured_at[-1]
 
     @property
     def file(self) -> Path:
+        """Where the finished study is kept."""
         return FOLDER / f"{self.name}.json"
 
     def point(self, name: str) -> Point:

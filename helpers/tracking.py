@@ -22,6 +22,7 @@ class WandB:
     """
 
     def start(self, folder: Path, title: str, config: dict) -> None:
+        """Begin a run of that title, in files under the folder unless WANDB_MODE is "online"."""
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
         from accelerate.tracking import WandBTracker
@@ -32,9 +33,11 @@ class WandB:
         self.tracker.start()
 
     def log(self, metrics: dict, step: int) -> None:
+        """Note {name: number} of a step."""
         self.tracker.log(metrics, step=step)
 
     def log_pictures(self, pictures: list, captions: Sequence[str], step: int) -> None:
+        """Note the validation pictures of a step, each with its caption."""
         import wandb
 
         # accelerate's log_images would leave the captions out
@@ -42,6 +45,7 @@ class WandB:
         self.tracker.log({"validation": images}, step=step)
 
     def finish(self) -> None:
+        """Close the run; what is pending is written."""
         self.tracker.finish()
 
 
@@ -49,6 +53,7 @@ class TensorBoard:
     """TensorBoard's event files in `folder`/tensorboard; `tensorboard --logdir runs` shows them."""
 
     def start(self, folder: Path, title: str, config: dict) -> None:
+        """Begin a run of that title, in files under the folder."""
         import torch.utils.tensorboard  # noqa: F401  (or accelerate would say that tensorboardX is missing)
         from accelerate.tracking import TensorBoardTracker
 
@@ -59,14 +64,17 @@ class TensorBoard:
         self.tracker.writer.add_text("config", textwrap.indent(text, "    "))  # indented: Markdown's block of code
 
     def log(self, metrics: dict, step: int) -> None:
+        """Note {name: number} of a step."""
         self.tracker.log(metrics, step=step)
 
     def log_pictures(self, pictures: list, captions: Sequence[str], step: int) -> None:
+        """Note the validation pictures of a step, each with its caption."""
         arrays = [np.asarray(picture.convert("RGB"))[None] for picture in pictures]  # (1, height, width, 3), 0 to 255
         names = [f"validation/{number} {caption}" for number, caption in enumerate(captions)]
         self.tracker.log_images(dict(zip(names, arrays, strict=True)), step=step, dataformats="NHWC")
 
     def finish(self) -> None:
+        """Close the files; what is pending is written."""
         self.tracker.finish()
 
 

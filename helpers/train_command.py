@@ -78,6 +78,7 @@ def train_adapter(given: argparse.Namespace) -> int:
 
 
 def option(name: str) -> str:
+    """A setting's name as an option of the command line."""
     return "--" + name.replace("_", "-")
 
 

@@ -67,6 +67,7 @@ class Loop:
 
     @property
     def config(self) -> TrainConfig:
+        """The training settings of the preset."""
         return self.preset.train
 
     @property
@@ -76,10 +77,12 @@ class Loop:
 
     @property
     def prompts(self) -> list[str]:
+        """The prompts that validations draw."""
         return list(self.preset.validation_prompts.get(self.run.dataset, ()))
 
     @property
     def epoch_steps(self) -> int:
+        """Optimizer steps in an epoch."""
         return steps_per_epoch(self.config, len(self.cache))
 
     @property

@@ -82,6 +82,7 @@ def model() -> Components:
 
 @lru_cache(maxsize=4)
 def judges(style: str) -> Judges:
+    """The judges for a style, loaded once a process."""
     return Judges.load(style)
 
 
@@ -237,6 +238,7 @@ def losses(study: Study, spec: DatasetSpec, preset: Preset, components: Componen
 
 
 def rounded(values: np.ndarray | Tensor, digits: int = DIGITS) -> list[float]:
+    """The values as plain numbers with so many digits after the point."""
     return [round(float(value), digits) for value in values]
 
 

@@ -48,25 +48,30 @@ def luminance(color: Color) -> float:
 
 
 def css(color: Color) -> str:
+    """A colour, three numbers in 0..255, as SVG writes it: "#e69f00"."""
     return "#" + "".join(f"{min(255, max(0, round(c))):02x}" for c in color)
 
 
 def fill(path: str, paint: str, opacity: float = 1.0, extra: str = "") -> str:
+    """An SVG path filled with a colour or gradient."""
     alpha = f' opacity="{opacity}"' if opacity < 1 else ""
     return f'<path d="{path}" fill="{paint}"{alpha} {extra}/>'
 
 
 def line(path: str, paint: str, width: float, opacity: float = 1.0, extra: str = "") -> str:
+    """An SVG path drawn as a round-ended line of that width, in pixels of the canvas."""
     alpha = f' opacity="{opacity}"' if opacity < 1 else ""
     return (f'<path d="{path}" fill="none" stroke="{paint}" stroke-width="{width:.1f}" stroke-linecap="round" '
             f'stroke-linejoin="round"{alpha} {extra}/>')
 
 
 def ground(paint: str) -> str:
+    """An SVG rectangle over the whole canvas."""
     return f'<rect width="{CANVAS}" height="{CANVAS}" fill="{paint}"/>'
 
 
 def tint(shape: Shape) -> Color:
+    """A shape's colour in 0..255, with its tone applied."""
     return toned(PALETTE[shape.color], shape.tone)
 
 
