@@ -17,6 +17,7 @@ from .presets import ROOT, runs_folder
 from .results import comparable, compare
 
 SANITIZE = ROOT / "notebooks" / "nbval_sanitize.cfg"
+WORKERS = 4  # processes of unit tests at most: each of them holds PyTorch
 COMMITTED_RESULTS = ROOT / "report" / "results.json"
 
 
@@ -68,10 +69,13 @@ def types(environment: dict[str, str], target: Path = ROOT / "helpers") -> Outco
 def unit_tests(environment: dict[str, str]) -> Outcome:
     """pytest over tests/, without the output folder of the notebooks: tests choose their own.
 
-    What needs a browser is left to `make site`.
+    Several processes share the files of tests and the cores. What needs a browser is left to `make site`.
     """
+    cores = os.cpu_count() or 1
+    workers = min(cores, WORKERS)
     environment = {name: value for name, value in environment.items() if name != "COURSE_OUTPUT"}
-    return _pytest("pytest", ["tests", "--ignore=tests/browser"], environment)
+    environment["OMP_NUM_THREADS"] = str(cores // workers)
+    return _pytest("pytest", ["tests", "--ignore=tests/browser", f"-n{workers}", "--dist=loadfile"], environment)
 
 
 def notebook_tests(environment: dict[str, str], paths: list[Path]) -> Outcome:

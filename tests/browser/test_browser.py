@@ -252,7 +252,7 @@ def shades(n, size=64):
 
 labels = [f"t = {t}" for t in (0, 100, 250, 400, 600, 800, 999)]
 words = [(word, [i]) for i, word in enumerate("a drawing of a man with a red scarf".split())]
-picture, components, noisy, guesses, final = shades(1)[0], None, shades(6), shades(6)[::-1], shades(1)
+picture, components, so_far, guesses, final = shades(1)[0], None, shades(6), shades(6)[::-1], shades(1)
 cells = [("MiniSD", picture), *((word, heat) for (word, _), heat in zip(words, shades(9)))]
 asked = [
     "a drawing of a man with a red scarf",
