@@ -186,8 +186,7 @@ def load_adapter(
         "alpha": statistics.mode(w.alpha for w in adapter.layers.values()),
         "use_rslora": any(w.use_rslora for w in adapter.layers.values()),
         "dropout": adapter.dropout,
-        "targets": adapter.targets.get(component)
-        or short_targets(model, lora.lora_layers(model)),  # type: ignore[arg-type]
+        "targets": adapter.targets.get(component) or short_targets(model, lora.lora_layers(model)),  # type: ignore[arg-type]
         "metadata": adapter.metadata,
         "layout": adapter.layout,
     }

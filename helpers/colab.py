@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 FOLDER = "/content/course"  # in Colab
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-SETUP = '''
+SETUP = """
 import os
 import subprocess
 import sys
@@ -30,7 +30,7 @@ if "google.colab" in sys.modules:
         subprocess.run([sys.executable, course + "/helpers/colab.py"], check=True)
         sys.path.insert(0, course)
     os.chdir(course + "/notebooks")
-'''
+"""
 COMMENT = "# On Google Colab: fetch the course and install what it needs. Elsewhere this cell does nothing.\n"
 
 

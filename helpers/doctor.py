@@ -212,4 +212,3 @@ def advice(machine: Machine) -> str:
         f"{needed:.1f} GB of disk. `--preset {name}@trial` shows in minutes whether all works, "
         f"and `python -m benchmarks.gpu` how long the whole will take. {mini}"
     )
-

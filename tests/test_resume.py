@@ -163,9 +163,7 @@ def killed(pictures, tmp_path_factory):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork and no SIGKILL on this system")
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(
-    number, killed, preset, tiny, whole, monkeypatch
-):
+def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(number, killed, preset, tiny, whole, monkeypatch):
     place, visit, seconds = moments(KILL_SEED, KILLS)[number]
     what = f"kill {number} of COURSE_KILL_SEED={KILL_SEED} COURSE_KILLS={KILLS}: {place}, " + (
         f"visit {visit}" if visit else f"{seconds:.3f} s after the start"
@@ -208,6 +206,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(preset, tiny, whole, w
 
 def test_a_process_killed_before_it_deletes_old_checkpoints_leaves_them_to_the_next(preset, tiny, whole, monkeypatch):
     """Between the last checkpoint and its clean-up: what stays is bounded all the same."""
+
     def killed(run, config):
         if STEPS in run.checkpoints():
             raise Stop

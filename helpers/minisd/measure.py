@@ -50,9 +50,7 @@ def measure_judge(components: Components, size: int, count: int = 1800) -> dict:
         right = {a: np.array(verdict.names[a]) == np.array(truth[a]) for a in JUDGED}
         out[name] = {a: row(wilson(int(r.sum()), count)) for a, r in right.items()}
         styles = np.array(pool.styles)
-        out[name]["per style"] = {
-            s: {a: round(float(right[a][styles == s].mean()), 4) for a in JUDGED} for s in STYLES
-        }
+        out[name]["per style"] = {s: {a: round(float(right[a][styles == s].mean()), 4) for a in JUDGED} for s in STYLES}
     return out
 
 
