@@ -267,7 +267,7 @@ def version_facts(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def pinned() -> list[str]:
-    """ "torch 2.13.0" and so on: the versions of constraints.txt, of the libraries that pyproject.toml names."""
+    """The versions that constraints.txt gives the libraries of pyproject.toml: ["torch 2.13.0", …]."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
