@@ -22,15 +22,15 @@ test: $(STAMP)
 	@$(COURSE) check
 
 weekly: test
-	COURSE_KILLS=20 .venv/bin/python -m pytest -q tests/test_resume.py
-	COURSE_FULL_SIZE=1 .venv/bin/python -m pytest -q tests/test_stable_diffusion.py
+	COURSE_KILLS=20 .venv/bin/python -m pytest -q tests/training/test_resume.py
+	COURSE_FULL_SIZE=1 .venv/bin/python -m pytest -q tests/repo/test_stable_diffusion.py
 
 notebooks: $(STAMP)
 	@$(COURSE) notebooks
 
 site: $(STAMP)
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[site]"
-	.venv/bin/python -m helpers.site
+	.venv/bin/python -m helpers.course.site
 	.venv/bin/python -m pytest -q tests/browser
 
 install: $(STAMP)

@@ -36,10 +36,10 @@ from benchmarks.gpu_plan import (
     work_of,
 )
 from benchmarks.timing import compare, default_device
-from helpers import presets
-from helpers.presets import ATTENTION, Preset
-from helpers.provenance import code_hash, versions
-from helpers.validation import validation_steps
+from helpers.base.provenance import code_hash, versions
+from helpers.presets import variants
+from helpers.presets.configuration import ATTENTION, Preset
+from helpers.training.validation import validation_steps
 
 NAME = "gpu"
 GOALS = {
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         if folder:
             records.write_record(folder / f"{record['device']}.json", NAME, record)
 
-    record = measure(settings, presets.MEMORY, device, keep)
+    record = measure(settings, variants.MEMORY, device, keep)
     print(table(record))
     failed = any(reason.startswith("failed") for reason in record["not_measured"].values())
     return 1 if failed or (given.check and missed(record)) else 0

@@ -28,12 +28,14 @@ from benchmarks.gpu_model import build_model, random_pixels, step_operations
 from benchmarks.loops import CourseLoop, StockLoop, preset_loop
 from benchmarks.pair import BATCHES, adapt, random_cache
 from benchmarks.timing import Stopwatch, Trains, compare, time_in_turn
-from helpers import training
-from helpers.components import Components, as_pipeline, encode_prompts, encode_tokens, to_latents, to_pictures, tokenize
-from helpers.draws import seeded
-from helpers.presets import Preset
-from helpers.sampling import initial_latents, sample
-from helpers.steps import new_accelerator
+from helpers.diffusion.components import Components, as_pipeline
+from helpers.diffusion.pictures import to_latents, to_pictures
+from helpers.diffusion.sampling import initial_latents, sample
+from helpers.diffusion.text import encode_prompts, encode_tokens, tokenize
+from helpers.presets.configuration import Preset
+from helpers.training import loop as training
+from helpers.training.draws import seeded
+from helpers.training.steps import new_accelerator
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ENCODED = 16  # pictures, and captions, whose encoding is timed at once

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pair import random_cache
 from helpers import lora
-from helpers.components import Components
-from helpers.draws import draw_step
-from helpers.presets import TrainConfig
-from helpers.sd_configs import CONFIGS, build_part
-from helpers.steps import part_loss
+from helpers.diffusion.components import Components
+from helpers.presets.configuration import TrainConfig
+from helpers.presets.sd_configs import CONFIGS, build_part
+from helpers.training.draws import draw_step
+from helpers.training.steps import part_loss
 
 SD = "sd21-base"
 # What makes Stable Diffusion 2.1 tiny: latents of 16 x 16, a few thousand weights, the same structure.
@@ -78,7 +78,7 @@ def build_model(size: str, device: torch.device | str, unet_dtype: torch.dtype, 
     for part, module in parts.items():
         # nn.Module's own `to`: that of diffusers warns of modules to be kept in float32, also when there are none
         nn.Module.to(module, unet_dtype if part == "unet" else others)
-    # As helpers.components reads it from a folder and leaves it on the device
+    # As helpers.diffusion.components reads it from a folder and leaves it on the device
     settings = {name: value for name, value in CONFIGS[SD]["scheduler"].items() if name != "skip_prk_steps"}
     scheduler = DDPMScheduler.from_config(settings, clip_sample=False, steps_offset=1)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)

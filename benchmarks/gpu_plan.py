@@ -11,8 +11,9 @@ import torch
 from benchmarks.gpu_loops import ENCODED, HALF, Point, Settings
 from benchmarks.gpu_model import SD, drawing_operations, operations, step_operations
 from benchmarks.loops import DATASET
-from helpers.components import has_bfloat16
-from helpers.presets import Preset, get_preset
+from helpers.base.device import has_bfloat16
+from helpers.presets.configuration import Preset
+from helpers.presets.variants import get_preset
 
 RANK, BATCH = 16, 4
 BASE, STOCK = f"rank {RANK}, batch {BATCH}", f"stock loop, batch {BATCH}"

@@ -2,7 +2,7 @@
 
 Each has `train(steps)` and starts from the same weights of U-Net and LoRA.
 
-- CourseLoop: `Loop.step` and `Progress.log`, as `helpers.training.train_loop` calls them.
+- CourseLoop: `Loop.step` and `Progress.log`, as `helpers.training.loop.train_loop` calls them.
 - BareLoop: forward, loss, backward and AdamW on tensors that are ready; nothing can train with less.
 - StockLoop: what diffusers' train_text_to_image_lora.py does at each step, with PEFT's LoRA. It opens the pictures and
   asks the VAE and the text encoder every time, since it keeps no cache.
@@ -25,17 +25,20 @@ from torch.utils.data import DataLoader
 
 from benchmarks.pair import BATCHES, adapt, load_model
 from benchmarks.timing import Piece
-from helpers import lora, training
-from helpers import steps as course_steps
-from helpers.caches import LatentCache
-from helpers.components import Components
-from helpers.data import load_pictures, to_tensor
-from helpers.diffusion import add_noise, diffusion_target
-from helpers.draws import draw_step, seeded
-from helpers.presets import Preset, TrainConfig, get_preset
-from helpers.progress import Progress
-from helpers.runs import Run
-from helpers.tracking import Tracker
+from helpers import lora
+from helpers.data.caches import LatentCache
+from helpers.data.loading import load_pictures
+from helpers.diffusion.components import Components
+from helpers.diffusion.pictures import to_tensor
+from helpers.diffusion.schedule import add_noise, diffusion_target
+from helpers.presets.configuration import Preset, TrainConfig
+from helpers.presets.variants import get_preset
+from helpers.training import loop as training
+from helpers.training import steps as course_steps
+from helpers.training.draws import draw_step, seeded
+from helpers.training.progress import Progress
+from helpers.training.runs import Run
+from helpers.training.tracking import Tracker
 
 DATASET = "doodles"
 

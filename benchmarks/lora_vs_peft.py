@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import records
 from benchmarks.pair import SIDES, TARGETS, Settings, build_side, check_equal
 from benchmarks.timing import compare, default_device, in_new_process, peak_while, peaks_in_turn, time_in_turn
-from helpers.provenance import code_hash, versions
+from helpers.base.provenance import code_hash, versions
 
 NAME = "lora_vs_peft"
 LIMIT = 1.03  # the goal for each ratio
@@ -95,7 +95,7 @@ def measure(settings: Settings) -> dict:
         "device": records.device_slug(device),
         "threads": torch.get_num_threads(),
         "versions": {**versions(), "peft": version("peft")},
-        "code": {"helpers/lora.py": code_hash("helpers.lora")},
+        "code": {"helpers/lora.py": code_hash("helpers.lora.injection")},
     }
 
 

@@ -1,6 +1,7 @@
 """The two sides of the comparison: one U-Net, adapted by helpers/lora.py or by PEFT, in the course's training step.
 
-Both start from the same weights, draw the same numbers and go through `helpers.steps.training_step`, so whatever
+Both start from the same weights, draw the same numbers and go through `helpers.training.steps.training_step`, so
+whatever
 differs between them is the adapter's code. PEFT is imported for both sides: its import is not what is compared.
 """
 
@@ -15,11 +16,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from helpers import lora
-from helpers.caches import LatentCache
-from helpers.components import Components, load_components
-from helpers.draws import StepDraw, draw_step, generator_for, seeded
-from helpers.presets import ATTENTION, LINEAR, TrainConfig, get_preset
-from helpers.steps import new_accelerator, training_step
+from helpers.data.caches import LatentCache
+from helpers.diffusion.components import Components, load_components
+from helpers.presets.configuration import ATTENTION, LINEAR, TrainConfig
+from helpers.presets.variants import get_preset
+from helpers.training.draws import StepDraw, draw_step, generator_for, seeded
+from helpers.training.steps import new_accelerator, training_step
 
 SIDES = ("ours", "peft")
 TARGETS = {"attention": ATTENTION, "linear": LINEAR}

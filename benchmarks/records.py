@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.provenance import write_json_atomic
+from helpers.base.files import write_json_atomic
 
 RESULTS = Path(__file__).parent / "results"
 

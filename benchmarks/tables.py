@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import records
 from benchmarks.gpu import NAME
 from benchmarks.gpu_model import SD
-from helpers.presets import ROOT
+from helpers.base.paths import ROOT
 
 BEGIN, END = "<!-- gpu-table -->", "<!-- /gpu-table -->"
 NOTHING = "Not yet measured: no run of `python -m benchmarks.gpu` on a CUDA GPU has been recorded."

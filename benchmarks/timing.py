@@ -18,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from helpers.presets import ROOT
+from helpers.base.paths import ROOT
 
 
 class Trains(Protocol):

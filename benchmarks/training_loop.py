@@ -36,11 +36,14 @@ from benchmarks.timing import (
     peaks_in_turn,
     time_in_turn,
 )
-from helpers import caches, draws, training
-from helpers.caches import LatentCache, build_cache
-from helpers.components import Components
-from helpers.provenance import code_hash, tensor_hash, versions, write_json_atomic
-from helpers.validation import held_out_loss
+from helpers.base.files import write_json_atomic
+from helpers.base.provenance import code_hash, tensor_hash, versions
+from helpers.data import caches
+from helpers.data.caches import LatentCache, build_cache
+from helpers.diffusion.components import Components
+from helpers.training import draws
+from helpers.training import loop as training
+from helpers.training.validation import held_out_loss
 
 NAME = "training_loop"
 GOALS = {
@@ -126,7 +129,7 @@ class Drawing:
 
 
 def mapped_cache(components: Components, rows: int, folder: Path, seed: int) -> LatentCache:
-    """Random latents of so many pictures, written as `helpers.caches` does and read through memory mapping."""
+    """Random latents of so many pictures, written as `helpers.data.caches` does and read through memory mapping."""
     small = random_cache(components, CAPTIONS, seed)
     generator = draws.generator_for(seed, "mapped cache", rows)
     latents = {name: caches.new_array(folder, name, (rows, *components.latent_shape)) for name in ("mean", "std")}

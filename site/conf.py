@@ -1,4 +1,4 @@
-"""Sphinx's settings. `python -m helpers.site` lays out the pages' sources beside a copy of this file, and builds them.
+"""Sphinx's settings. `python -m helpers.course.site` lays out the pages beside a copy of this file, and builds them.
 
 Nothing is fetched when a page is opened: formulas are MathML, fonts are the reader's or lie in _static, and the
 notebooks show their committed outputs.

@@ -38,7 +38,7 @@ def whole(pictures, tmp_path_factory):
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A runs folder and a reference folder of this test's own."""
-    from helpers import runs
+    from helpers.training import runs
 
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
@@ -56,7 +56,7 @@ def preset(world, pictures):
 @pytest.fixture
 def finished(preset, whole):
     """A copy of the undisturbed run in this test's runs folder: what an earlier `train` would have left."""
-    from helpers import runs
+    from helpers.training import runs
 
     folder = runs.run_dir(preset, "own", whole.key)
     shutil.copytree(whole.dir, folder)
@@ -74,7 +74,7 @@ def latents():
 @pytest.fixture
 def accelerator():
     """One process on a CPU, in full precision."""
-    from helpers.presets import TrainConfig
-    from helpers.steps import new_accelerator
+    from helpers.presets.configuration import TrainConfig
+    from helpers.training.steps import new_accelerator
 
     return new_accelerator(TrainConfig(), "cpu")

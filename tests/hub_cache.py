@@ -17,8 +17,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from helpers.presets import CLIP, MINISD, PRESETS, ROOT
-from helpers.sd_configs import CONFIGS, build_part
+from helpers.base.paths import ROOT
+from helpers.presets.catalogue import CLIP, MINISD, PRESETS
+from helpers.presets.sd_configs import CONFIGS, build_part
 
 RESOLUTION = {"sd21-base": 512, "sd21": 768, "sd15": 512}
 DATA_COMMIT = {"doodles": "d" * 40, "vintage": "e" * 40}

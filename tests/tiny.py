@@ -62,7 +62,7 @@ def tiny_components(unet):
     """The five parts of a model around a tiny U-Net, without a tokenizer."""
     from diffusers import AutoencoderKL, DDPMScheduler
 
-    from helpers.components import Components
+    from helpers.diffusion.components import Components
 
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16).eval()
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
@@ -74,7 +74,7 @@ def tiny_minisd():
     """All parts of a MiniSD with a few thousand random weights, frozen; the same weights each time."""
     from diffusers import DDPMScheduler
 
-    from helpers.components import Components
+    from helpers.diffusion.components import Components
     from helpers.minisd.architecture import build_tiny
 
     parts = build_tiny(seed=0)

@@ -10,10 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers import lora
-from helpers.caches import LatentCache
-from helpers.presets import Datasets, DatasetSpec, get_preset
-from helpers.runs import Run
-from helpers.training import train
+from helpers.data.caches import LatentCache
+from helpers.presets.configuration import Datasets, DatasetSpec
+from helpers.presets.variants import get_preset
+from helpers.training.loop import train
+from helpers.training.runs import Run
 
 STEPS = 10
 

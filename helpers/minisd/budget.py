@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from helpers.provenance import atomic_path
+from helpers.base.files import atomic_path
 
 
 class Ema:

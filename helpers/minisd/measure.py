@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from helpers.components import Components, load_components
-from helpers.evaluation import SCORED, agreement, bootstrap, evaluation_scenes, judge, wilson
+from helpers.base.files import write_json_atomic
+from helpers.base.provenance import versions
+from helpers.diffusion.components import Components, load_components
+from helpers.diffusion.sampling import generate
+from helpers.diffusion.weights import weights_fingerprint
+from helpers.evaluation.measures import SCORED, agreement, bootstrap, evaluation_scenes, judge, wilson
 from helpers.minisd.pool import draw_pool
 from helpers.minisd.pretrain import save_sheet
 from helpers.minisd.train_vae import psnr, reconstruct
-from helpers.presets import get_preset
-from helpers.provenance import folder_weights_hash, versions, write_json_atomic
-from helpers.sampling import generate
+from helpers.presets.variants import get_preset
 from helpers.world.captions import prompt
 from helpers.world.scenes import BASE_STYLES, STYLES, Scene
 
@@ -184,7 +186,7 @@ def main() -> None:
     training = old.get("training", []) if args.went_on or not args.work else []
     training = training + (training_log(args.work, args.went_on or "") if args.work else [])
     parts = {"U-Net": components.unet, "VAE": components.vae, "text encoder": components.text_encoder}
-    weights = folder_weights_hash(preset.model_folder)  # type: ignore[arg-type]  # MiniSD is a folder
+    weights = weights_fingerprint(preset)
     metrics = {
         "weights": weights,
         "resolution": preset.resolution,

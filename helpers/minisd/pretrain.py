@@ -15,13 +15,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from helpers.base.paths import runs_folder
 from helpers.minisd import architecture
 from helpers.minisd.budget import Budget
-from helpers.minisd.classifier import train_classifier
 from helpers.minisd.pool import Pool, collect, drawing_processes, start_drawing
+from helpers.minisd.train_judge import train_classifier
 from helpers.minisd.train_unet import latent_pool, train_unet
 from helpers.minisd.train_vae import encode, fold_statistics, reconstruct, train_vae
-from helpers.presets import RUNS
 from helpers.world.captions import vocabulary_corpus
 from helpers.world.scenes import BASE_STYLES, HELD_OUT_STYLES, STYLES
 
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--classifier-minutes", type=float, help="instead of its share")
     p.add_argument("--pictures", type=int, default=36000, help="distinct pictures for the U-Net")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--work", type=Path, default=RUNS / "pretrain", help="checkpoints, logs and sheets")
+    p.add_argument("--work", type=Path, default=runs_folder() / "pretrain", help="checkpoints, logs and sheets")
     p.add_argument("--out", type=Path, default=WEIGHTS, help="the finished pipeline folder")
     p.add_argument("--stages", default=",".join(SHARES))
     p.add_argument("--vae-batch", type=int, default=16)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from helpers.diffusion import add_noise, alphas_cumprod, velocity
+from helpers.diffusion.schedule import add_noise, alphas_cumprod, velocity
 from helpers.minisd.architecture import SCALING_FACTOR
 from helpers.minisd.budget import Budget, Ema, captured
 

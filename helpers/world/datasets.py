@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.provenance import atomic_path, code_hash
+from helpers.base.files import atomic_path
+from helpers.base.provenance import code_hash
 from helpers.world.captions import caption
 from helpers.world.scenes import STYLES, Scene, sample_scene
 
@@ -111,7 +112,7 @@ def drawn_dataset(
     if n < 1 or size < 1:
         raise ValueError(f"a drawn dataset has at least one row and one pixel, not n={n}, size={size}")
     if cache_dir is None:
-        from helpers.presets import runs_folder
+        from helpers.base.paths import runs_folder
 
         cache_dir = runs_folder() / "cache"
     key = fingerprint(style, split, size, n, seed)

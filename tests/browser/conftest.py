@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.presets import ROOT
+from helpers.base.paths import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 180_000  # milliseconds: the machine may be busy

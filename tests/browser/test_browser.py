@@ -6,12 +6,11 @@ from contextlib import contextmanager
 
 import nbformat
 import pytest
+from helpers.conftest import PATIENCE
 from nbformat.v4 import new_code_cell, new_notebook
 
-from helpers import notebooks
-from helpers.presets import ROOT
-
-from .conftest import PATIENCE
+from helpers.base.paths import ROOT
+from helpers.course import notebooks
 
 # What JupyterLab itself complains about, and why it is not ours.
 HARMLESS = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import site
+from helpers.course import site
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

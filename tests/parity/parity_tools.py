@@ -10,10 +10,11 @@ from tiny import tiny_components, tiny_sd15_unet, tiny_sd21_unet
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import dora, lora
-from helpers.adapters import load_adapter
-from helpers.components import as_pipeline, load_components
-from helpers.presets import get_preset
+from helpers import lora
+from helpers.adapters.loading import load_adapter
+from helpers.diffusion.components import as_pipeline, load_components
+from helpers.lora import dora
+from helpers.presets.variants import get_preset
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv_in", "conv_shortcut", "conv"]

@@ -22,7 +22,8 @@ from parity_tools import (
 )
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from helpers import dora, lora
+from helpers import lora
+from helpers.lora import dora
 
 SETTINGS = {"where": "DoRA", "r": 4, "alpha": 6}
 

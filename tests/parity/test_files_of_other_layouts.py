@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers import lora
-from helpers.adapters import WEIGHTS_NAME, adapter_of, load_adapter, read_adapter, save_adapter
+from helpers.adapters.loading import load_adapter
+from helpers.adapters.reading import WEIGHTS_NAME, read_adapter
+from helpers.adapters.writing import adapter_of, save_adapter
 
 ALL_TARGETS = [*TARGETS, "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv1", "conv2"]
 ALL_TEXT_TARGETS = [*TEXT_TARGETS, "fc1", "fc2"]

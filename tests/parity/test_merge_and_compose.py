@@ -19,7 +19,8 @@ from parity_tools import (
 )
 from peft import set_peft_model_state_dict
 
-from helpers import lora, lowrank
+from helpers import lora
+from helpers.lora import lowrank
 
 
 def adapted(structure, seed=0, rank=4):

@@ -30,8 +30,10 @@ from parity_tools import (
 )
 from peft import get_peft_model, get_peft_model_state_dict
 
-from helpers import dora, lora
-from helpers.adapters import load_adapter, save_adapter
+from helpers import lora
+from helpers.adapters.loading import load_adapter
+from helpers.adapters.writing import save_adapter
+from helpers.lora import dora
 
 PATTERNS = {"rank_pattern": {"attn2.to_q": 2, "conv_shortcut": 3}, "alpha_pattern": {"attn1.to_k": 9}}
 VARIANTS = {

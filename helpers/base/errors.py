@@ -1,0 +1,24 @@
+"""Errors that several rooms raise and that a reader can mend, each in one sentence."""
+
+from __future__ import annotations
+
+from PIL import Image, UnidentifiedImageError
+
+
+class CourseError(Exception):
+    """Something the reader can mend; the message is one sentence that says what."""
+
+
+class DataError(ValueError):
+    """A dataset cannot be used; the message names the file, column or row."""
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """What to say of a picture, given what Pillow raised."""
+    reason = str(error)
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is empty, or not a picture of a format that Pillow knows"
+    elif isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # never 0 here: without a limit Pillow does not raise this
+        reason = f"it has more than the {limit:,} pixels that are safe to open; make it smaller"
+    return DataError(f"cannot read the picture {name}: {reason}")

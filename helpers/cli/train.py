@@ -1,0 +1,155 @@
+"""`course train`: what notebook 04 does, from the shell, on a preset's dataset or on one's own pictures."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from helpers.presets.configuration import DatasetSpec, Preset, TrainConfig
+from helpers.presets.variants import get_preset
+
+# Options: those that go with --data, and those that are settings of a `TrainConfig`.
+OF_DATA = ("image_column", "text_column", "revision", "held_out")
+SETTINGS = ("rank", "alpha", "steps", "batch_size", "learning_rate", "seed")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options, all but --preset."""
+    parser.add_argument("--dataset", help="a dataset of the preset, or a name for the pictures of --data")
+    text = "your own pictures: a folder, a .parquet file, or a dataset of the Hugging Face hub as OWNER/NAME"
+    parser.add_argument("--data", metavar="WHERE", help=text)
+    parser.add_argument("--image-column", metavar="NAME", help="of --data, the column of pictures (default: image)")
+    text = "of --data, the column of captions (default: text)"
+    parser.add_argument("--text-column", "--caption-column", metavar="NAME", help=text)
+    text = "of a hub dataset, the commit, tag or branch (default: what its first download finds)"
+    parser.add_argument("--revision", help=text)
+    parser.add_argument("--held-out", type=int, metavar="N", help="of --data, keep the last N to measure with (0)")
+    parser.add_argument("--rank", type=int, help="of the LoRA; alpha becomes the same unless it is given too")
+    parser.add_argument("--alpha", type=float, help="the LoRA is scaled by alpha / rank")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, help="pictures a step")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--seed", type=int)
+    text = "any other setting, such as use_rslora=True; those not given are the preset's"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
+    parser.add_argument("--from-scratch", action="store_true", help="do not take the repository's finished run")
+    parser.add_argument("--force", action="store_true", help="throw an existing run away and train again")
+    text = "log there too; may be repeated (Weights & Biases stays offline unless WANDB_MODE=online)"
+    parser.add_argument("--tracker", action="append", choices=["wandb", "tensorboard"], help=text)
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    text = "keep the finished run in the repository as its reference"
+    parser.add_argument("--export-reference", action="store_true", help=text)
+
+
+def train_adapter(given: argparse.Namespace) -> int:
+    """`course train`: one adapter of a preset's dataset, or of one's own captioned pictures."""
+    from helpers.base.errors import CourseError
+    from helpers.base.paths import short
+
+    preset = preset_with(given.preset, train_settings(given))
+    if given.data:
+        from helpers.data.own import with_own_pictures
+
+        preset, name = with_own_pictures(preset, source_of(given), given.held_out or 0)
+    elif needless := [name for name in OF_DATA if getattr(given, name) is not None]:
+        raise CourseError(f"{option(needless[0])} goes with --data WHERE")
+    elif given.dataset is None:
+        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or pictures: --data WHERE")
+    else:
+        name = preset.datasets[given.dataset].name
+    from helpers.presets.machine import notes_without_gpu
+    from helpers.training.loop import train
+
+    for note in notes_without_gpu(preset):
+        print(f"note: {note}")
+    run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
+    if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one tells what was done
+        return 0
+    print(f"{run.source}: {short(run.dir)}/")
+    print(f"adapter: {short(run.adapter)}")
+    if given.export_reference and run.source != "reference":
+        from helpers.training.runs import export_reference
+
+        print(f"reference: {short(export_reference(run))}/")
+    return 0
+
+
+def option(name: str) -> str:
+    """A setting's name as an option of the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def train_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """What --set and the options of their own name say. A --rank alone brings an equal alpha."""
+    settings = parse_settings(given.set)
+    options = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
+    if twice := [name for name in options if name in settings]:
+        raise ValueError(f"{twice[0]} is given twice: by {option(twice[0])} and by --set")
+    if "rank" in options and "alpha" not in options | settings:
+        options["alpha"] = float(options["rank"])
+    return settings | options
+
+
+def source_of(given: argparse.Namespace) -> DatasetSpec:
+    """All rows of --data as a dataset to train on: a folder, a .parquet file, else a name on the hub."""
+    path = Path(given.data).expanduser()
+    if path.is_dir():
+        source, name = f"folder:{path.resolve()}", path.resolve().name
+    elif path.is_file() and path.suffix == ".parquet":
+        source, name = f"parquet:{path.resolve()}", path.stem
+    elif path.exists():
+        raise ValueError(f"{path} is neither a folder nor a .parquet file")
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given.data) and path.suffix != ".parquet":
+        source, name = f"hub:{given.data}", path.name
+        print(f"there is no folder {path} here: this is {given.data} of the Hugging Face hub")
+    else:
+        raise ValueError(f"there is no folder or .parquet file {path}, and it is no OWNER/NAME of the Hugging Face hub")
+    if given.revision and not source.startswith("hub:"):
+        raise ValueError(f"--revision is for datasets of the Hugging Face hub, and {path} is on this machine")
+    name = given.dataset or re.sub(r"\W+", "_", name) or "pictures"
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        raise ValueError(f"--dataset {name!r} must be letters, digits, dots, hyphens or underscores: it names a folder")
+    image, text = given.image_column or "image", given.text_column or "text"
+    return DatasetSpec(name, source, image, text, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """{"steps": 200} from ["steps=200"]: Python's numbers, True, None and tuples, anything else a string."""
+    settings = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"--set takes NAME=VALUE, not {pair!r}")
+        try:
+            settings[name.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            settings[name.strip()] = text.strip()
+    return settings
+
+
+def preset_with(name: str, settings: dict[str, Any]) -> Preset:
+    """The preset with settings replaced. Raises ValueError for an unknown one, and for one of the wrong kind."""
+    preset = get_preset(name)
+    known = {f.name: getattr(preset.train, f.name) for f in fields(TrainConfig)}
+    known |= {f.name: getattr(preset, f.name) for f in fields(Preset)}
+    for key, value in settings.items():
+        default = known.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, bool):
+            raise ValueError(f"{key} is True or False, not {value!r}")
+        if isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):
+            raise ValueError(f"{key} is a whole number, not {value!r}")
+        if isinstance(default, float) and not is_number:
+            raise ValueError(f"{key} is a number, not {value!r}")
+        if isinstance(default, tuple) and not isinstance(value, tuple):
+            raise ValueError(f"{key} is a tuple such as {default!r}, not {value!r}")
+    # One spelling for one value, since a run's key is made from it: alpha=8 is alpha=8.0
+    settings = {key: float(v) if isinstance(known.get(key), float) else v for key, v in settings.items()}
+    return get_preset(name, **settings)

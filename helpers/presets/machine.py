@@ -1,0 +1,98 @@
+"""What this machine's GPU can do, and one sentence for what is wrong with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from helpers.base.device import default_device
+from helpers.presets.configuration import Preset
+from helpers.presets.variants import MEMORY, get_preset
+
+HIDDEN = "torch sees no NVIDIA GPU, though its driver is here: is CUDA_VISIBLE_DEVICES set to hide it?"
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver is installed, which is asked without torch: a torch without CUDA sees no GPU."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def gpu_memory() -> float:
+    """GiB of memory of the CUDA GPU that torch uses; 0 without one."""
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def gpu_problem() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; None when it can, or there is none."""
+    if torch.cuda.is_available() or not has_nvidia_gpu():
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but its torch {torch.__version__} was built without CUDA and cannot use "
+            "it: uninstall torch, and install it with CUDA as pytorch.org/get-started says"
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if "No CUDA GPUs" in str(error):
+            return HIDDEN
+        if "driver" in str(error).lower():
+            return (
+                f"the NVIDIA driver of this machine is too old, or not running, for torch {torch.__version__} with "
+                f"CUDA {torch.version.cuda}: update the driver, or install a torch that was built for an older CUDA"
+            )
+        return f"torch cannot use the NVIDIA GPU of this machine: {str(error).strip().splitlines()[0]}"
+    return HIDDEN
+
+
+def notes_without_gpu(preset: Preset) -> list[str]:
+    """What to know before Stable Diffusion runs on a CPU, where it works and takes much patience; [] elsewhere."""
+    if not preset.on_hub or preset.trial or default_device() != "cpu":
+        return []
+    waits = f"without a GPU, {preset.title} takes minutes for a picture and days to train"
+    return [waits, gpu_problem() or "`course doctor` says what suits this machine"]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+# GiB that a GPU tells of, from which on a variant fits; a "16 GB" T4 tells of 14.6.
+RUNGS = {"": 38.0, "24gb": 21.0, "16gb": 14.0, "12gb": 10.5, "8gb": 7.0}
+
+
+def rung_for(gpu_gib: float) -> str | None:
+    """The variant in MEMORY for a GPU of so much memory: "" where nothing need be saved, None for too little."""
+    return next((rung for rung, least in RUNGS.items() if gpu_gib >= least), None)
+
+
+def next_lower(preset_name: str) -> str | None:
+    """The preset's variant that takes less memory than this one, or None when it is at the least already."""
+    base, *variants = preset_name.split("@")
+    if not get_preset(base).on_hub:
+        return None
+    rungs = ["", *MEMORY]
+    now = next((variant for variant in variants if variant in MEMORY), "")
+    if now == rungs[-1]:
+        return None
+    others = [variant for variant in variants if variant != now]
+    return "@".join([base, rungs[rungs.index(now) + 1], *others])
+
+
+def smaller(preset_name: str) -> str | None:
+    """The preset at the next smaller picture size, or None when it is small already, or MiniSD."""
+    preset = get_preset(preset_name)
+    size = next((size for size in (512, 256, 128) if size < preset.resolution), None)
+    if not preset.on_hub or size is None:
+        return None
+    others = [part for part in preset_name.split("@") if not part.endswith("px")]
+    return "@".join([*others, f"{size}px"])
+
+
+def out_of_memory(preset_name: str) -> str:
+    """What to do when the GPU's memory did not suffice."""
+    others = "close other programs on the GPU (see `nvidia-smi`)"
+    if lower := next_lower(preset_name):
+        others = f"take --preset {lower}, which trains on smaller parts of a batch; or {others}"
+    elif small := smaller(preset_name):
+        others = f"take --preset {small}, for smaller pictures; or {others}"
+    return f"the GPU's memory does not suffice: {others}; or take MiniSD, the preset 'mini'"

@@ -1,0 +1,96 @@
+"""A preset by its name and variants: `sd21-base@8gb@trial` is Stable Diffusion on 8 GB, tried in a few minutes."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from helpers.presets.catalogue import PRESETS
+from helpers.presets.configuration import Datasets, Preset, TrainConfig
+
+# What a GPU of so much memory takes: every batch of 8 in parts, and activations computed twice where memory is short.
+# How much each takes is measured by `python -m benchmarks.gpu` (Stable Diffusion 2.1-base at 512 pixels).
+MEMORY: dict[str, dict] = {
+    "24gb": {"gradient_accumulation_steps": 2},
+    "16gb": {"gradient_accumulation_steps": 4},
+    "12gb": {"gradient_accumulation_steps": 8},
+    "8gb": {"gradient_accumulation_steps": 8, "gradient_checkpointing": True},
+}
+PRECISION: dict[str, dict] = {
+    "fp32": {"dtype": "float32", "mixed_precision": "no"},
+    "bf16": {"dtype": "bfloat16", "mixed_precision": "bf16"},
+    "fp16": {"dtype": "float16", "mixed_precision": "fp16"},
+}
+VARIANTS = (*MEMORY, *PRECISION, "trial")
+
+
+def as_trial(preset: Preset) -> Preset:
+    """The preset with the smallest budgets with which everything still runs: 2 steps, a few pictures."""
+    rows = {"train_rows": 8, "held_out_rows": 4}
+    datasets = Datasets(
+        replace(spec, **rows if spec.held_out_rows else {"train_rows": rows["train_rows"]}) for spec in preset.datasets
+    )
+    train = replace(
+        preset.train,
+        steps=2,
+        batch_size=2,
+        gradient_accumulation_steps=min(2, preset.train.gradient_accumulation_steps),
+        validation_epochs=1000,
+        checkpoint_every=1,
+        held_out_eval=2,
+    )
+    few = replace(preset, num_inference_steps=2, eval_prompts=4, control_prompts=2)
+    return replace(few, datasets=datasets, train=train, trial=True)
+
+
+def with_variant(preset: Preset, variant: str) -> Preset:
+    """The preset in one of its VARIANTS, or at a size such as "256px" (a multiple of 64, as the U-Net halves it).
+
+    Raises ValueError for an unknown one, or one that is not for this model.
+    """
+    size = int(variant[:-2]) if variant.endswith("px") and variant[:-2].isdecimal() else 0
+    if variant not in VARIANTS and (not size or size % 64):
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"unknown variant {variant!r} of a preset; known: {known}, and sizes such as 256px")
+    if not preset.on_hub and variant not in PRECISION:
+        raise ValueError(f"{variant!r} is for Stable Diffusion; MiniSD is small, and its trial is the preset 'smoke'")
+    if variant == "trial":
+        return as_trial(preset)
+    if size:
+        return replace(preset, resolution=size)
+    return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
+
+
+def variant_kind(variant: str) -> str:
+    """What a variant chooses: "memory", "precision", "trial" or, as the sizes do, "size"."""
+    kinds = {"memory": MEMORY, "precision": PRECISION, "trial": ("trial",)}
+    return next((kind for kind, known in kinds.items() if variant in known), "size")
+
+
+def replaced(preset: Preset, settings: dict) -> Preset:
+    """The preset with fields of its own, or of its `TrainConfig`, replaced. Raises ValueError for an unknown one."""
+    own = {f.name for f in fields(Preset)}
+    training = {f.name for f in fields(TrainConfig)}
+    for key in settings:
+        if key not in own | training:
+            raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(own | training))}")
+    changed = {k: v for k, v in settings.items() if k in training}
+    preset = replace(preset, **{k: v for k, v in settings.items() if k in own})
+    return replace(preset, train=replace(preset.train, **changed)) if changed else preset
+
+
+def get_preset(name: str, **overrides) -> Preset:
+    """The preset of that name, in its variants if there are any behind an "@", with some fields replaced.
+
+    overrides: fields of `Preset` (`guidance_scale=3.0`) or of its `TrainConfig` (`steps=10`).
+    Raises ValueError for an unknown preset, variant or field, naming those that are known.
+    """
+    base, *variants = name.split("@")
+    if base not in PRESETS:
+        raise ValueError(f"unknown preset {base!r}; known: {', '.join(PRESETS)}")
+    kinds = [variant_kind(variant) for variant in variants]
+    if twice := [variant for variant, kind in zip(variants, kinds, strict=True) if kinds.count(kind) > 1]:
+        raise ValueError(f"the variants {' and '.join(twice)} of {name!r} contradict each other: take one of them")
+    preset = PRESETS[base]
+    for variant in sorted(variants, key="trial".__eq__):  # a trial makes small what the others say
+        preset = with_variant(preset, variant)
+    return replaced(replace(preset, name=name), overrides)

@@ -1,0 +1,247 @@
+"""Figures: nothing clipped, nothing overlapping, readable when printed, the same bytes every time, alt text kept."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from helpers.course import figures, results
+from helpers.course.figures import (
+    PAGE_WIDTH,
+    curves,
+    grid,
+    new_figure,
+    picture_difference,
+    save_figure,
+    show,
+    smooth,
+    strip,
+)
+
+LONG = "a drawing of an orange cat with glasses and a black bow tie, on a blue background"
+
+
+def picture(colour="red", size=16):
+    return Image.new("RGB", (size, size), colour)
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path))
+    monkeypatch.setattr(results, "_weights_hash", lambda preset: "weights")
+    monkeypatch.setattr(results, "_data_hashes", lambda preset: {})
+    return tmp_path
+
+
+def boxes(fig: Figure) -> tuple[list, list]:
+    """Extents of all texts and all pictures, in pixels."""
+    renderer = fig.canvas.get_renderer()
+    texts = [text.get_window_extent(renderer) for text in fig.texts]
+    return texts, [axes.get_window_extent(renderer) for axes in fig.axes]
+
+
+def overlap(a, b) -> bool:
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return width > 1 and height > 1
+
+
+GRIDS = {
+    "one": {"rows": 1, "columns": 1},
+    "labels": {"rows": 3, "columns": 4, "row_labels": [LONG, "b", "c"], "column_labels": [LONG, "2", "3", "4"]},
+    "captions": {"rows": 2, "columns": 3, "captions": [[LONG] * 3, ["short", None, "≈0.93"]], "title": LONG},
+    "evolution": {"rows": 2, "columns": 7, "row_labels": [LONG, LONG], "column_labels": ["epoch 10\nstep 1000"] * 7},
+    "many": {"rows": 1, "columns": 12, "column_labels": ["epoch 10"] * 12, "row_labels": ["doodles"], "title": "all"},
+    "long word": {"rows": 1, "columns": 3, "column_labels": ["Donaudampfschifffahrtsgesellschaft"] * 3},
+}
+
+
+TOO_MANY = {"rows": 1, "columns": 20, "column_labels": ["epoch 10"] * 20, "row_labels": [LONG]}
+
+
+@pytest.mark.parametrize("name", [*GRIDS, "too many"])
+def test_nothing_is_clipped_and_nothing_overlaps(name):
+    spec = dict(GRIDS.get(name, TOO_MANY))
+    rows, columns = spec.pop("rows"), spec.pop("columns")
+    fig = grid([[picture()] * columns] * rows, **spec)
+    texts, pictures = boxes(fig)
+    width, height = fig.get_size_inches() * fig.dpi
+    assert len(pictures) == rows * columns
+    for box in texts + pictures:
+        assert box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
+    every = texts + pictures
+    for i, first in enumerate(every):
+        for second in every[i + 1 :]:
+            assert not overlap(first, second)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_text_is_readable_on_paper(name):
+    spec = dict(GRIDS[name])
+    rows, columns = spec.pop("rows"), spec.pop("columns")
+    fig = grid([[picture()] * columns] * rows, **spec)
+    shrunk = min(1.0, PAGE_WIDTH / fig.get_size_inches()[0])
+    for text in fig.texts:
+        assert text.get_fontsize() * shrunk >= 6.95
+
+
+def test_pictures_are_square_and_interpolated():
+    fig = grid([[picture()], [picture("blue")]])
+    for axes in fig.axes:
+        box = axes.get_window_extent()
+        assert box.width == pytest.approx(box.height)
+        assert axes.images[0].get_interpolation() == "lanczos"
+
+
+def test_none_leaves_a_cell_empty_and_rows_may_differ():
+    assert len(grid([[picture(), None, picture()], [picture()]]).axes) == 3
+
+
+def test_dollar_signs_are_text():
+    grid([[picture()]], column_labels=["$x and $$"], title="costs $5").canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"pictures": []}, "at least one"),
+        ({"pictures": [[None]]}, "at least one"),
+        ({"pictures": [[picture()]], "row_labels": ["a", "b"]}, "row labels"),
+        ({"pictures": [[picture()]], "column_labels": []}, "column labels"),
+        ({"pictures": [[picture()]], "captions": [["a", "b"]]}, "captions"),
+    ],
+)
+def test_grids_that_do_not_add_up(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        grid(**kwargs)
+
+
+def test_saved_figures_are_the_same_bytes(output):
+    def make():
+        return strip([picture("red"), picture("blue")], ["red", "blue"])
+
+    first = save_figure(make(), "fig01_test", "mini", "a red and a blue square", "MiniSD").read_bytes()
+    second = save_figure(make(), "fig01_test", "mini", "a red and a blue square", "MiniSD").read_bytes()
+    assert first == second
+    info = Image.open(io.BytesIO(first)).info
+    assert info["Source"] == "MiniSD" and info["Description"] == "a red and a blue square"
+    assert "Software" not in info
+    assert info["dpi"][0] == pytest.approx(200, abs=0.1)
+
+
+def test_plots_are_saved_as_vectors_too_and_pictures_are_not(output):
+    def plot():
+        fig, ax = new_figure()
+        ax.plot([0, 1], [1, 0])
+        return fig
+
+    path = save_figure(plot(), "fig04_plot", "mini", "one line that falls", "MiniSD").with_suffix(".svg")
+    first = path.read_bytes()
+    assert b"<image" not in first and b"<text" not in first, "letters are outlines: no font is needed to print them"
+    save_figure(plot(), "fig04_plot", "mini", "one line that falls", "MiniSD")
+    assert path.read_bytes() == first and b"Matplotlib v" not in first
+    save_figure(strip([picture()]), "fig05_strip", "mini", "one plain red square", "MiniSD")
+    figures_noted = results.Results("mini").figures
+    assert figures_noted["fig04_plot"]["vector"] == "figures/fig04_plot.svg" and path.exists()
+    assert "vector" not in figures_noted["fig05_strip"] and not path.with_name("fig05_strip.svg").exists()
+
+
+def test_saved_figures_are_registered(output):
+    fig = strip([picture()])
+    path = save_figure(fig, "fig02_x", "mini", "one plain red square", "MiniSD", run="abc", seed=7, notebook="03_y")
+    assert path == output / "figures" / "fig02_x.png"
+    entry = results.Results("mini").figures["fig02_x"]
+    wanted = {"file": "figures/fig02_x.png", "model": "MiniSD", "run": "abc", "seed": 7, "notebook": "03_y"}
+    assert wanted.items() <= entry.items()
+    assert entry["width"] == Image.open(path).width
+
+
+@pytest.mark.parametrize(("name", "alt"), [("fig", ""), ("fig", "grid"), ("../fig", "four words of text")])
+def test_figures_need_an_alt_text_and_a_plain_name(output, name, alt):
+    with pytest.raises(ValueError, match="alt text|file name"):
+        save_figure(strip([picture()]), name, "mini", alt, "MiniSD")
+    assert not list(output.rglob("*.png"))
+
+
+def test_show_displays_jpeg_with_its_alt_text(output, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **kwargs: shown.append((data, kwargs)))
+    fig = strip([picture()])
+    with pytest.raises(ValueError, match="alt text"):
+        show(fig)
+    save_figure(fig, "fig03_x", "mini", "one plain red square", "MiniSD")
+    show(fig)
+    [(data, kwargs)] = shown
+    assert set(data) == {"image/jpeg", "text/plain"} and data["text/plain"] == "one plain red square"
+    assert kwargs["metadata"] == {"image/jpeg": {"alt": "one plain red square"}}
+
+
+@pytest.mark.parametrize(("sharp", "pixels"), [(True, 1), (False, 2)])
+def test_jpeg_keeps_colour_at_every_pixel_when_asked(sharp, pixels):
+    data = figures.jpeg(picture(), quality=95, sharp_colours=sharp)
+    luma, *chroma = Image.open(io.BytesIO(data)).layer
+    assert luma[1:3] == (pixels, pixels) and all(layer[1:3] == (1, 1) for layer in chroma)
+
+
+def test_new_figures_do_not_belong_to_pyplot():
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    fig, axes = new_figure(1, 2)
+    assert pyplot.get_fignums() == before and len(axes) == 2 and fig.get_facecolor()[:3] == (1, 1, 1)
+
+
+def test_smoothing_has_no_bias():
+    assert smooth([3.0] * 5, 0.9) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 2.0], 0.5)[1] == pytest.approx((0.5 * 1 + 1 * 2) / 1.5)
+    assert smooth([1.0, 5.0], 0.0) == pytest.approx([1.0, 5.0])
+    with pytest.raises(ValueError, match="below 1"):
+        smooth([1.0], 1.0)
+
+
+def test_curves_draw_raw_and_smoothed_lines_that_differ_in_dashes():
+    x = np.arange(10)
+    fig = curves({"a": (x, x * 1.0), "b": (x, x * 2.0)}, title="t", log=False)
+    raw_a, line_a, raw_b, line_b = fig.axes[0].lines
+    assert raw_a.get_alpha() < 1 and line_a.get_alpha() is None
+    assert line_a.get_linestyle() != line_b.get_linestyle() and line_a.get_color() != line_b.get_color()
+    assert list(raw_b.get_ydata()) == list(x * 2.0)
+    with pytest.raises(ValueError, match="'a'"):
+        curves({"a": ([1, 2], [1])})
+
+
+def contrast(colour: str) -> float:
+    """Contrast of a colour with white (WCAG 2.1)."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+
+
+def test_every_part_has_a_colour_of_its_own():
+    assert set(figures.PART_COLOURS) == {"vae", "unet", "text_encoder", "scheduler", "lora"}
+    assert len(set(figures.PART_COLOURS.values())) == 5
+    assert all(contrast(colour) > 2 for colour in figures.PART_COLOURS.values())
+
+
+def test_picture_difference(tmp_path):
+    for name, colour, size in (("a", (10, 10, 10), 8), ("b", (13, 10, 10), 8), ("c", (10, 10, 10), 9)):
+        picture(colour, size).save(tmp_path / f"{name}.png")
+    assert picture_difference(tmp_path / "a.png", tmp_path / "a.png") == 0
+    assert picture_difference(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(1.0)
+    assert picture_difference(tmp_path / "a.png", tmp_path / "c.png") is None
+
+
+def test_a_diagram_fills_what_trains_and_draws_every_arrow():
+    boxes = {"W": (0.2, 0.5, "W", "unet"), "A": (0.8, 0.5, "A", "lora"), "y": (0.5, 0.1, "y", None)}
+    fig = figures.diagram(boxes, [("W", "A", "words"), ("A", "y", "")], height=1.5, trained=("A",))
+    texts = {text.get_text(): text for text in fig.axes[0].texts if text.get_bbox_patch() is not None}
+    assert set(texts) == {"W", "A", "y"}
+    faces = {name: text.get_bbox_patch().get_facecolor() for name, text in texts.items()}
+    assert faces["W"] == (1, 1, 1, 1) != faces["A"]
+    arrows = [text for text in fig.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
+    assert len(arrows) == 2
+    assert "words" in [text.get_text() for text in fig.axes[0].texts]
+    with pytest.raises(KeyError):
+        figures.diagram(boxes, [("W", "gone", "")], height=1.5)

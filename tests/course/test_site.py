@@ -1,0 +1,109 @@
+"""The website: its checks can fail, and every notebook has a page. (Sphinx itself runs in `make site`.)"""
+
+import json
+
+import pytest
+
+from helpers.base import errors
+from helpers.base.paths import ROOT
+from helpers.course import notebooks, site
+
+GOOD = """<!doctype html><html><head><link rel="stylesheet" href="look.css"><script src="code.js"></script></head>
+<body id="top"><h1 id="here">A page</h1><a href="#here">here</a><a href="other.html?q=1#there">there</a>
+<a href="https://example.org/a">elsewhere</a><img src="picture.png" alt="A picture">
+<img src="data:image/png;base64,AA" srcset="picture.png 1x, picture.png 2x" alt="Another"></body></html>"""
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A site of two pages without a problem."""
+    (tmp_path / "index.html").write_text(GOOD)
+    (tmp_path / "other.html").write_text('<p id="there">There</p>')
+    (tmp_path / "look.css").write_text('p { background: url("picture.png") } i { background: url(data:image/png,) }')
+    for name in ("code.js", "picture.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_a_good_site_has_no_problems(built):
+    assert site.check(built) == (2, 3, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("#here", "#gone", "a dead anchor: #gone"),
+        ("#there", "#gone", "a dead anchor: other.html?q=1#gone"),
+        ("other.html", "gone.html", "a dead link: gone.html?q=1#there"),
+        ("https://example.org/a", "https://example/a b", "no web address: https://example/a b"),
+        ("https://example.org/a", "javascript:x()", "no web address: javascript:x()"),
+        (' alt="A picture"', "", "a picture without alt text: picture.png"),
+        ('alt="A picture"', 'alt=" "', "a picture without alt text: picture.png"),
+        ("code.js", "https://cdn.example.org/code.js", "loaded from another host: https://cdn.example.org/code.js"),
+        ("code.js", "//cdn.example.org/code.js", "loaded from another host: //cdn.example.org/code.js"),
+        ('"picture.png"', '"https://example.org/p.png"', "loaded from another host: https://example.org/p.png"),
+        ("look.css", "gone.css", "a missing file: gone.css"),
+        ("picture.png 2x", "gone.png 2x", "a missing file: gone.png"),
+        ("<h1 id", '<h1 style="background: url(https://example.org/p.png)" id', "loaded from another host"),
+        ("</head>", '<style>@import "https://example.org/a.css";</style></head>', "loaded from another host"),
+    ],
+)
+def test_one_mistake_is_one_problem(built, old, new, problem):
+    assert old in GOOD
+    (built / "index.html").write_text(GOOD.replace(old, new, 1))
+    [found] = site.check(built)[2]
+    assert found.startswith(f"index.html: {problem}")
+
+
+@pytest.mark.parametrize("rule", ['@import "https://example.org/a.css";', "a { src: url(//example.org/font.woff) }"])
+def test_a_style_sheet_may_not_load_from_another_host(built, rule):
+    (built / "look.css").write_text(rule)
+    [found] = site.check(built)[2]
+    assert found.startswith("look.css: loaded from another host")
+
+
+def test_every_committed_notebook_has_its_page(tmp_path):
+    site.lay_out(tmp_path / "source")
+    index = (tmp_path / "source" / "index.md").read_text(encoding="utf-8")
+    for path in notebooks.committed():
+        name = path.relative_to(ROOT).with_suffix("").as_posix()
+        assert (tmp_path / "source" / f"{name}.ipynb").read_bytes() == path.read_bytes()
+        assert f"\n{name}\n" in index and f"]({name}.ipynb)" in index
+    assert "<!--" not in index
+
+
+def test_solutions_and_playground_are_shown_where_they_are(tmp_path, monkeypatch):
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": "# A title", "id": "a"}]
+    text = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    assert site.pages() == {"Notebooks": [], "Solutions": []}
+    (tmp_path / "solutions").mkdir()
+    paths = [tmp_path / name for name in ("01_a.ipynb", "playground.ipynb", "solutions/01_a.ipynb")]
+    for path in paths:
+        path.write_text(text)
+    assert site.pages() == {"Notebooks": paths[:2], "Solutions": paths[2:]}
+    assert site.title(paths[0]) == "A title"
+
+
+def test_a_notebook_needs_a_title(tmp_path):
+    (tmp_path / "01_a.ipynb").write_text(json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    with pytest.raises(errors.CourseError, match="01_a.ipynb has no heading"):
+        site.title(tmp_path / "01_a.ipynb")
+
+
+def test_a_section_that_readme_lacks_is_named(tmp_path):
+    with pytest.raises(errors.CourseError, match="no section 'Nothing of the kind'"):
+        site.fill("<!-- readme: Nothing of the kind -->", tmp_path)
+
+
+def test_sections_of_markdown():
+    assert site.sections("# T\n![p](p.png)\nfirst\n## A\na\n### B\nb\n## C\n") == {
+        "about": "first",
+        "A": "a\n### B\nb\n",
+        "C": "",
+    }
+
+
+def test_the_documented_modules_exist():
+    for name in site.MODULES:
+        assert (ROOT / "helpers" / f"{name.replace('.', '/')}.py").exists()

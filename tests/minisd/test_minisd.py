@@ -1,0 +1,233 @@
+"""MiniSD's making: the tokenizer, the autoencoder's statistics, budgets that resume, the pool, the judge's heads."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.base.provenance import folder_weights_hash
+from helpers.diffusion.components import load_components
+from helpers.evaluation.classifier import HEADS, Classifier, labels, load_classifier
+from helpers.minisd import architecture
+from helpers.minisd.architecture import SCALING_FACTOR, TINY
+from helpers.minisd.budget import Budget, Ema
+from helpers.minisd.measure import CARD, METRICS, table, training_log
+from helpers.minisd.pool import draw_pool
+from helpers.minisd.pretrain import finished_parts
+from helpers.minisd.train_judge import loss_of, visible
+from helpers.minisd.train_unet import CAPTION_DROPOUT, draw_batch, draw_timesteps, latent_pool
+from helpers.minisd.train_vae import encode, fold_statistics, narrow_posterior, psnr, reconstruct
+from helpers.presets.variants import get_preset
+from helpers.world.scenes import HELD_OUT_PAIRS
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return draw_pool(24, {"flat": 0.5, "sketch": 0.5}, TINY.picture, seed=5, workers=1)
+
+
+@pytest.fixture
+def parts():
+    return architecture.build_tiny()
+
+
+def test_pool_does_not_depend_on_the_number_of_workers(pool):
+    again = draw_pool(24, {"flat": 0.5, "sketch": 0.5}, TINY.picture, seed=5, workers=2)
+    assert np.array_equal(pool.pictures, again.pictures) and pool.captions == again.captions
+    assert set(pool.styles) == {"flat", "sketch"}
+    assert not {(s.subject, s.headwear) for s in pool.scenes} & HELD_OUT_PAIRS
+
+
+def test_saved_folder_is_a_plain_pipeline(parts, tmp_path):
+    architecture.save(parts, tmp_path / "weights")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "weights")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.tokenizer("a man, smiling").input_ids == parts["tokenizer"]("a man, smiling").input_ids
+    assert pipe.tokenizer.pad_token_id == 0 and pipe.tokenizer.model_max_length == TINY.text_positions
+    stored = torch.float16, torch.float32
+    assert (pipe.unet.dtype, pipe.text_encoder.dtype) in {stored, (torch.float32, torch.float32)}
+    for name in ("unet", "vae"):
+        for a, b in zip(parts[name].parameters(), getattr(pipe, name).parameters(), strict=True):
+            assert torch.equal(a.half(), b.half())
+
+
+def test_folding_normalises_latents_and_keeps_reconstructions(parts, pool):
+    vae = parts["vae"]
+    narrow_posterior(vae)
+    before, (_, std_before) = reconstruct(vae, pool.pictures), encode(vae, pool.pictures)
+    scale_before = encode(vae, pool.pictures)[0].std((0, 2, 3))
+    fold_statistics(vae, pool.pictures)
+    mean, std = encode(vae, pool.pictures)
+    scaled = mean * SCALING_FACTOR
+    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(4), atol=1e-4)
+    assert (before.int() - reconstruct(vae, pool.pictures).int()).abs().max() <= 1
+    # the posterior's width grows with its mean
+    ratio = (std / std_before).mean((0, 2, 3)) * scale_before * SCALING_FACTOR
+    assert torch.allclose(ratio, torch.ones(4), atol=1e-3)
+
+
+def test_finished_parts_come_back(parts, tmp_path):
+    architecture.save(parts, tmp_path / "weights")
+    again = finished_parts(tmp_path / "weights", ("vae", "tokenizer"))
+    architecture.save({**parts, **again}, tmp_path / "once more")
+    assert not [f for f in (tmp_path / "once more").rglob("*.json") if str(tmp_path) in f.read_text()]
+    assert set(again) == {"vae", "tokenizer"}
+    assert torch.equal(again["vae"].quant_conv.weight, parts["vae"].quant_conv.weight.half().float())
+
+
+def test_narrow_posterior_starts_at_a_tenth(parts, pool):
+    narrow_posterior(parts["vae"])
+    assert torch.allclose(encode(parts["vae"], pool.pictures)[1], torch.tensor(0.1), atol=1e-5)
+
+
+def test_psnr():
+    a = np.zeros((2, 4, 4, 3), np.uint8)
+    b = np.full_like(a, 51)
+    assert psnr(a, b).tolist() == pytest.approx([20 * np.log10(5)] * 2)
+
+
+def test_batches_repeat_and_drop_a_tenth_of_the_captions(parts, pool):
+    mean, std = encode(parts["vae"], pool.pictures)
+    latents = latent_pool(mean, std, pool.captions, parts["tokenizer"])
+    first, again, other = (draw_batch(latents, 200, k) for k in (3, 3, 4))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not torch.equal(first[1], other[1])
+    dropped = (first[3] == latents.empty).all(1).float().mean()
+    assert abs(dropped - CAPTION_DROPOUT) < 0.07
+
+
+def test_timesteps_are_half_uniform_and_half_in_the_middle():
+    t = draw_timesteps(2000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 999
+    # uniform: 20%; logit-normal: P(|z| > ln 9) = 2.8% beyond 0.1 and 0.9
+    outer = ((t < 100) | (t >= 900)).float().mean().item()
+    assert outer == pytest.approx((0.2 + 0.028) / 2, abs=0.005)
+    assert (t >= 990).any()  # where sampling begins
+    assert (t.sort().values != t).any()
+
+
+def _train(folder, stop, total=6):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    ema = Ema({"m": model}, decay=0.9)
+    budget = Budget(folder, seconds=1e9, log_every=1)
+    budget.resume({"m": model}, optimizer, ema)
+    for step in budget.steps():
+        if step == stop or step == total:
+            break
+        loss = model(torch.full((1, 3), float(step))).pow(2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(step)
+        budget.checkpoint({"m": model}, optimizer, ema, force=True)
+    return model.weight, ema.weights["m"]["weight"]
+
+
+def test_budget_resumes_where_it_stopped(tmp_path):
+    weight, average = _train(tmp_path / "whole", stop=None)
+    _train(tmp_path / "torn", stop=3)
+    weight_again, average_again = _train(tmp_path / "torn", stop=None)
+    assert json.loads((tmp_path / "torn" / "state.json").read_text())["step"] == 6
+    assert torch.equal(weight, weight_again) and torch.equal(average, average_again)
+
+
+def test_budget_ends(tmp_path):
+    class Clock(Budget):
+        def elapsed(self):
+            return self.step * 10.0
+
+    budget = Clock(tmp_path, seconds=45)
+    assert list(budget.steps()) == [0, 1, 2, 3, 4]
+    budget.step = 0
+    assert budget.cosine(warmup_steps=10) == pytest.approx(0.1)
+
+
+def test_heads_and_masks(pool):
+    targets = labels(pool.scenes, pool.styles)
+    assert targets.keys() == HEADS.keys()
+    sketches = torch.tensor([s == "sketch" for s in pool.styles])
+    assert torch.equal(visible("background", targets["style"]), ~sketches)
+    assert visible("headwear", targets["style"]).all()
+    logits = {name: torch.full((len(pool), len(c)), -50.0) for name, c in HEADS.items()}
+    for name, rows in logits.items():
+        rows[torch.arange(len(pool)), targets[name]] = 50.0
+    assert float(loss_of(logits, targets)) < 1e-6
+    # a wrong colour costs nothing in a sketch, and much in a flat icon
+    wrong = {**logits, "background": -logits["background"]}
+    only_sketches = {k: v[sketches] for k, v in targets.items()}
+    assert float(loss_of({k: v[sketches] for k, v in wrong.items()}, only_sketches)) < 1e-6
+    assert float(loss_of(wrong, targets)) > 1
+
+
+def test_classifier_takes_any_size():
+    out = Classifier()(torch.zeros(2, 3, 96, 96))
+    assert {k: v.shape for k, v in out.items()} == {k: (2, len(c)) for k, c in HEADS.items()}
+
+
+def test_missing_judge_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="classifier"):
+        load_classifier(tmp_path / "classifier.safetensors")
+
+
+def test_training_log_names_each_stage_and_its_sitting(tmp_path):
+    for stage, pictures in (("unet", 8), ("vae", 16)):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "log.jsonl").write_text(f'{{"pictures": 1}}\n{{"pictures": {pictures}}}\n')
+    expected = [{"stage": "vae, later", "pictures": 16}, {"stage": "unet, later", "pictures": 8}]
+    assert training_log(tmp_path, "later") == expected
+    assert [row["stage"] for row in training_log(tmp_path, "")] == ["vae", "unet"]
+
+
+# --- the committed weights ---------------------------------------------------------------------------------------
+
+
+def test_committed_weights_keep_to_their_size():
+    folder = get_preset("mini").model_folder
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert size <= 40e6
+    judge = folder.parent / "judge" / "classifier.safetensors"
+    assert judge.stat().st_size <= 4e6
+
+
+def test_forward_costs_at_most_a_gigaflop():
+    components = load_components(get_preset("mini"), "cpu")
+    positions = components.text_encoder.config.max_position_embeddings
+    text = torch.zeros(1, positions, components.unet.config.cross_attention_dim)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        components.unet(torch.zeros(1, *components.latent_shape), 500, text)
+    assert 0.1e9 < counter.get_total_flops() <= 1.0e9
+
+
+def test_card_is_of_these_weights_and_written_from_the_metrics():
+    metrics = json.loads(METRICS.read_text())
+    assert metrics["weights"] == folder_weights_hash(get_preset("mini").model_folder)
+    card = CARD.read_text()
+    assert metrics["weights"][:12] in card
+    assert table(metrics["prompts"], ("attribute", "agreement")) in card
+    assert "**not contrastively on pictures and captions as CLIP's is**" in " ".join(card.split())
+
+
+# (what the committed weights must keep, what weights trained on a CPU should reach). A floor may only rise.
+PROMPT_FLOORS = {"subject": (0.99, 0.85), "headwear": (0.98, 0.75), "background": (0.99, 0.90)}
+JUDGE_FLOORS = {"drawn": (0.99, 0.98), "after the VAE": (0.99, 0.97)}
+PSNR_FLOOR = 28  # dB
+
+
+def test_weights_do_not_get_worse():
+    metrics = json.loads(METRICS.read_text())
+    for attribute, (floor, _) in PROMPT_FLOORS.items():
+        assert metrics["prompts"][attribute]["value"] >= floor
+    assert metrics["prompts"]["subject"]["n"] >= 500
+    for stage, (floor, _) in JUDGE_FLOORS.items():
+        for attribute in ("subject", "headwear", "style"):
+            assert metrics["judge"][stage][attribute]["value"] >= floor
+    for style in ("render", "flat", "sketch", "doodles", "vintage"):
+        assert metrics["vae"][style]["value"] >= PSNR_FLOOR
