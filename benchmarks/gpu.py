@@ -50,7 +50,10 @@ GOALS = {
     "rank_64_vs_rank_1": {"at_most": 1.10},
 }
 CODE = {
-    "helpers": ("steps", "draws", "lora", "training", "sampling", "components", "diffusion", "sd_configs"),
+    "helpers": (
+        *("training.steps", "training.draws", "training.loop", "lora.layer", "lora.injection"),
+        *("diffusion.sampling", "diffusion.components", "diffusion.schedule", "presets.sd_configs"),
+    ),
     "benchmarks": ("gpu", "gpu_loops", "gpu_model", "gpu_plan", "loops"),
 }
 PACKAGES = ("peft", "accelerate")
@@ -136,7 +139,7 @@ def describe(settings: Settings, device: torch.device, precision: str, ceiling: 
         "device_name": torch.cuda.get_device_name(device) if on_cuda else device.type,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_cuda else None,
         "versions": {**versions(), "cuda": torch.version.cuda, **{name: version(name) for name in PACKAGES}},
-        "code": {f"{place}/{name}.py": code_hash(f"{place}.{name}") for place in CODE for name in CODE[place]},
+        "code": {f"{place}.{name}": code_hash(f"{place}.{name}") for place in CODE for name in CODE[place]},
     }
 
 

@@ -21,6 +21,7 @@ from benchmarks.pair import SIDES, TARGETS, Settings, build_side, check_equal
 from benchmarks.timing import compare, default_device, in_new_process, peak_while, peaks_in_turn, time_in_turn
 from helpers.base.provenance import code_hash, versions
 
+CODE = tuple(f"helpers.lora.{name}" for name in ("layer", "injection", "merging"))
 NAME = "lora_vs_peft"
 LIMIT = 1.03  # the goal for each ratio
 
@@ -95,7 +96,7 @@ def measure(settings: Settings) -> dict:
         "device": records.device_slug(device),
         "threads": torch.get_num_threads(),
         "versions": {**versions(), "peft": version("peft")},
-        "code": {"helpers/lora.py": code_hash("helpers.lora.injection")},
+        "code": {name: code_hash(name) for name in CODE},
     }
 
 

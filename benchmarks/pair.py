@@ -1,4 +1,4 @@
-"""The two sides of the comparison: one U-Net, adapted by helpers/lora.py or by PEFT, in the course's training step.
+"""The two sides of the comparison: one U-Net, adapted by helpers.lora or by PEFT, in the course's training step.
 
 Both start from the same weights, draw the same numbers and go through `helpers.training.steps.training_step`, so
 whatever

@@ -52,7 +52,10 @@ GOALS = {
     "cost_per_step_100_to_100000": {"at_most": 1.03},
     "validation_memory_vs_training": {"at_most": 1.1},
 }
-CODE = ("training", "steps", "draws", "caches", "progress", "validation", "diffusion", "lora", "sampling")
+CODE = (  # modules of helpers
+    *("training.loop", "training.steps", "training.draws", "training.progress", "training.validation"),
+    *("data.caches", "diffusion.schedule", "diffusion.sampling", "lora.layer", "lora.injection"),
+)
 CAPTIONS = 16  # different ones in a cache of random latents
 CHUNK = 10_000  # random latents that are in memory at once
 
@@ -235,7 +238,7 @@ def measure(settings: Settings) -> dict:
         "device": records.device_slug(device),
         "threads": torch.get_num_threads(),
         "versions": {**versions(), **{name: version(name) for name in ("peft", "accelerate", "datasets")}},
-        "code": {f"helpers/{name}.py": code_hash(f"helpers.{name}") for name in CODE},
+        "code": {f"helpers.{name}": code_hash(f"helpers.{name}") for name in CODE},
     }
 
 

@@ -48,14 +48,19 @@ def add_commands(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def find_adapter(preset: Preset, adapter: str) -> Path:
-    """A file or folder as it is; the name of a dataset stands for its finished run's adapter."""
+    """A file or folder as it is; the name of a dataset stands for its finished run's adapter.
+
+    The name of pictures of one's own (`course train --data my_pictures`) stands for the newest finished run on them,
+    also where the folder of pictures lies here under that name. Raises CourseError for a dataset without such a run.
+    """
+    from helpers.adapters.reading import adapter_file
     from helpers.base.errors import CourseError
-
-    if Path(adapter).exists() or adapter not in preset.datasets.names:
-        return Path(adapter)
     from helpers.base.hub import HubError
-    from helpers.training.runs import find_run, run_key
+    from helpers.training.runs import find_run, newest_run, run_key
 
+    if adapter not in preset.datasets.names or Path(adapter).exists():
+        own = None if adapter_file(adapter).exists() else newest_run(preset, Path(adapter).name)
+        return own.adapter if own else Path(adapter)
     try:
         run, reason = find_run(preset, adapter, run_key(preset, adapter)), None
     except HubError as error:  # without its data set a run cannot be told from others

@@ -72,6 +72,15 @@ class Budget:
         warm = min(1.0, (self.step + 1) / warmup_steps)
         return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed() / self.seconds))))
 
+    def learn(self, loss: Tensor, optimizer: torch.optim.Optimizer, ema: Ema, pictures: int) -> None:
+        """One update of what the optimizer trains, from a gradient of norm 1 at most, and of the average; logged."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        ema.update(self.step)
+        self.log(loss, pictures)
+
     def log(self, loss: Tensor, pictures: int) -> None:
         """Count the pictures of this step; append the mean loss of the last `log_every` steps to log.jsonl.
 

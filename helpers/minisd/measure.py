@@ -27,7 +27,7 @@ from helpers.world.scenes import BASE_STYLES, STYLES, Scene
 
 HERE = Path(__file__).parent
 METRICS, CARD, TEMPLATE = HERE / "metrics.json", HERE / "README.md", HERE / "card.md"
-EYE_SHEET, EYE_LABELS = HERE / "judge" / "eye_sheet.png", HERE / "judge" / "eye_labels.json"
+EYE_SHEET, EYE_LABELS = HERE / "eye_sheet.png", HERE / "eye_labels.json"
 EYE_PICTURES, EYE_COLUMNS = 60, 10
 JUDGED = ("subject", "headwear", "style")
 

@@ -74,12 +74,7 @@ def train_classifier(
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * budget.cosine(warmup_steps=100)
         loss = loss_of(model(augment(x, g)), {k: v[rows] for k, v in targets.items()})
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(step)
-        budget.log(loss, batch_size)
+        budget.learn(loss, optimizer, ema, batch_size)
         budget.checkpoint({"classifier": model}, optimizer, ema)
     with atomic_path(path) as temporary:
         save_file({k: v.half().cpu().contiguous() for k, v in ema.weights["classifier"].items()}, temporary)

@@ -126,12 +126,7 @@ def train_unet(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * budget.cosine(warmup_steps=200)
         loss = denoising_loss(predict, text_encoder, batch, schedule)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        ema.update(step)
-        budget.log(loss, batch_size)
+        budget.learn(loss, optimizer, ema, batch_size)
         if budget.checkpoint(modules, optimizer, ema) and on_save:
             on_save(ema)
     ema.copy_to(modules)

@@ -77,12 +77,7 @@ def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * budget.cosine(warmup_steps=100)
         loss = loss_of(x, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        ema.update(step)
-        budget.log(loss, batch_size)
+        budget.learn(loss, optimizer, ema, batch_size)
         budget.checkpoint({"vae": vae}, optimizer, ema)
     ema.copy_to({"vae": vae})
     vae.eval()

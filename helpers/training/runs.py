@@ -203,6 +203,16 @@ def find_run(
     return None
 
 
+def newest_run(preset: Preset, dataset_name: str) -> Run | None:
+    """The finished run on a dataset of that name that ended last, whatever its settings; None when there is none."""
+    folders = (paths.runs_folder() / preset.name).glob(f"{dataset_name}-*")
+    done = [folder for folder in folders if is_finished(folder)]
+    if not done:
+        return None
+    last = max(done, key=lambda folder: (folder / "done.json").stat().st_mtime)
+    return Run(last, preset.name, dataset_name, last.name.rpartition("-")[2], "found in runs")
+
+
 def adapter_metadata(run: Run, step: int) -> dict:
     """What a run's adapter says about its origin after `step` updates, for the header of its file."""
     config = run.config

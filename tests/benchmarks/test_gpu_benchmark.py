@@ -286,7 +286,7 @@ def test_rates_follow_from_times_and_operations(record):
 def test_the_record_says_where_it_comes_from(record, kept):
     assert record["settings"] == vars(TINY) and record["goals"] == bench.GOALS
     assert {"torch", "diffusers", "peft", "cuda", "device"} <= set(record["versions"])
-    assert all(len(value) == 64 for value in record["code"].values()) and "helpers/steps.py" in record["code"]
+    assert all(len(value) == 64 for value in record["code"].values()) and "helpers.training.steps" in record["code"]
     assert record["ceiling_operations_per_second"] > 0 and record["device"].startswith("cpu")
     json.dumps(record, allow_nan=False)
     # One record after each point; the first names all others as not reached

@@ -1,8 +1,14 @@
 """`course adapter show | convert | merge | extract`, and what an adapter file says about itself."""
 
+import os
+import shlex
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from tiny import tiny_unet
 
@@ -12,12 +18,14 @@ from helpers.adapters.configuration import Adapter
 from helpers.adapters.loading import load_adapter
 from helpers.adapters.reading import read_adapter
 from helpers.adapters.writing import save_adapter, write_adapter
+from helpers.base.paths import ROOT
 from helpers.cli import parser as cli
-from helpers.cli.adapter import weighted_sum
+from helpers.cli.adapter import find_adapter, weighted_sum
 from helpers.diffusion.components import load_components
 from helpers.lora import dora
 from helpers.lora.lowrank import weights_of
 from helpers.presets.variants import get_preset
+from helpers.training.runs import newest_run
 
 TARGETS = ["attn1.to_q", "attn2.to_k", "conv1"]
 
@@ -239,3 +247,37 @@ def test_the_card_of_a_local_base_names_no_hub_model(tmp_path):
     )
     card = ModelCard.load(cards.write_card(tmp_path))
     assert card.data.base_model is None and "MiniSD, is not on the hub" in card.text
+
+
+# --- found by the name of one's own pictures ----------------------------------------------------------------------
+
+
+def test_the_readme_s_commands_train_on_own_pictures_and_draw_with_the_adapter(tmp_path, monkeypatch, capsys):
+    """The two commands as README.md prints them, with fewer steps, where the folder of pictures lies."""
+    lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    train, sample = (next(line for line in lines if line.startswith(f"course {name} ")) for name in ("train", "sample"))
+    assert "--data my_pictures" in train and "--adapter my_pictures" in sample
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "my_pictures").mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(tmp_path / "my_pictures" / f"{number}.png")
+        (tmp_path / "my_pictures" / f"{number}.txt").write_text(f"a portrait of a cat, number {number}, in my style")
+    assert cli.main([word if word != "500" else "2" for word in shlex.split(train)[1:]]) == 0
+    run = newest_run(get_preset("mini"), "my_pictures")
+    assert run is not None and run.config["train"]["steps"] == 2
+    found = find_adapter(get_preset("mini"), "my_pictures")
+    assert found == run.adapter == find_adapter(get_preset("mini"), "my_pictures/")
+    assert cli.main([*shlex.split(sample)[1:], "--steps", "2", "--output", "cat.png"]) == 0
+    assert (tmp_path / "cat.png").exists() and "there is no such" not in capsys.readouterr().err
+
+
+def test_the_newest_finished_run_counts_and_a_name_without_one_stays_a_path(tmp_path, monkeypatch, preset, finished):
+    assert newest_run(preset, "own") == finished and newest_run(preset, "ow") is None
+    assert find_adapter(preset, "nothing") == Path("nothing")
+    newer = finished.dir.with_name("others-0123456789ab")
+    shutil.copytree(finished.dir, newer)
+    os.utime(newer / "done.json", (2e9, 2e9))
+    assert newest_run(preset, "others").dir == newer
+    (newer / "done.json").unlink()
+    assert newest_run(preset, "others") is None, "a run that is not finished has no adapter to give"

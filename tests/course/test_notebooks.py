@@ -76,6 +76,29 @@ def imported(module: str, name: str):
         return None
 
 
+def shown_imports(path) -> list[str]:
+    """The import lines of a notebook's first cell that imports from helpers, folded cells aside."""
+    cells = [cell for cell in notebooks.read(path).cells if cell.cell_type == "code" and "from helpers" in cell.source]
+    shown = [cell for cell in cells if "hide-input" not in cell.metadata.get("tags", [])]
+    return [line for line in shown[0].source.splitlines() if line.startswith(("import ", "from "))]
+
+
+# What records, hashes, locks or measures the course itself.
+BOOKKEEPING = (
+    *("Results", "approx", "exercise", "save_figure", "provenance", "tensor_hash", "atomic_path", "write_json_atomic"),
+    *("locked", "Tracker", "Progress", "Run", "run_config", "config_key", "disk_errors", "memory_errors"),
+)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_notebook_begins_with_what_it_teaches(path):
+    lines = shown_imports(path)
+    assert 3 <= len(lines) <= 12
+    names = set(re.findall(r"\w+", " ".join(line.partition(" import ")[2] for line in lines)))
+    assert not names & set(BOOKKEEPING)
+    assert not [line for line in lines if line.endswith("(")], "one line a room"
+
+
 def test_missing_helpers_are_found():
     assert (
         missing_helpers("from helpers.course.results import approx\nfrom helpers.course import figures\nfigures.grid")
