@@ -212,8 +212,10 @@ def python_files(folder: Path, leave_out: tuple[str, ...]) -> list[Path]:
 
 
 def _weights_hash(preset: Preset) -> str | None:
-    """What names the base model (`weights_fingerprint`), 12 digits of it where it is a hash of a folder."""
-    return _folder_hash(preset.model_folder) if preset.model_folder is not None else weights_fingerprint(preset)
+    """What names the base model: 12 digits of its folder's hash, the hub's revision, or the hash of one's own copy."""
+    if preset.model_folder is not None:
+        return _folder_hash(preset.model_folder)
+    return weights_fingerprint(preset).rpartition("@")[2]
 
 
 @lru_cache

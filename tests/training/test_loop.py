@@ -7,7 +7,7 @@ import torch
 from training_tools import STEPS, make_preset, quiet, weights
 
 from helpers import lora
-from helpers.adapters import writing as adapters
+from helpers.adapters.reading import read_adapter
 from helpers.base import provenance
 from helpers.presets.configuration import TrainConfig
 from helpers.presets.variants import get_preset
@@ -37,14 +37,14 @@ def test_a_run_leaves_what_it_promises(preset, tiny):
     assert run.hashes["adapter"] == provenance.tensor_hash(weights(run))
     assert run.done["losses"]["last"] == metrics[-1]["loss"]
 
-    said, config = adapters.read_adapter(run.adapter).metadata, run.config
+    said, config = read_adapter(run.adapter).metadata, run.config
     assert (said["base_model"], said["base_model_hash"]) == (config["model"], run.hashes["weights"])
     assert (said["dataset"], said["dataset_hash"]) == (run.dataset, run.hashes["data"])
     for name in ("seed", "rank", "alpha", "targets"):
         assert said[name] == config["train"][name]
     assert said["prediction_type"] == config["prediction_type"] and said["versions"]["torch"] == torch.__version__
     assert said["step"] == config["train"]["steps"]
-    last = adapters.read_adapter(run.checkpoint_dir(run.checkpoints()[0]) / "adapter.safetensors").metadata
+    last = read_adapter(run.checkpoint_dir(run.checkpoints()[0]) / "adapter.safetensors").metadata
     assert last == said | {"step": run.checkpoints()[0]}
     assert f"| dataset | {run.dataset} |" in (run.adapter.parent / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"no validation at step 4; known: \[0, 3, 6, 9, 10\]"):
