@@ -1,4 +1,4 @@
-"""Where a result comes from: hashes of code and weights, versions, and files that are written whole or not at all."""
+"""Where a result comes from: hashes of code and weights, and versions."""
 
 from __future__ import annotations
 

@@ -87,4 +87,4 @@ def stamp(path: Path, address: str) -> None:
 
 if __name__ == "__main__":
     install()
-    subprocess.run([sys.executable, "-m", "helpers.cli.parser", "doctor"], cwd=HERE, check=False)
+    subprocess.run([sys.executable, "-m", "helpers.cli", "doctor"], cwd=HERE, check=False)
