@@ -53,7 +53,7 @@ class DoRALayer(LoRALayer):
     def bias_of_output(self) -> Tensor | float:
         """The base's bias in a shape that can be taken from its output; 0 where it has none."""
         bias = self.base.bias
-        return 0.0 if bias is None else bias.view(self.magnitude.shape)  # type: ignore[operator]
+        return 0.0 if bias is None else bias.view(self.magnitude.shape)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """What trains, by its name in an adapter file."""

@@ -43,7 +43,9 @@ class LoRALayer(nn.Module):
     Raises ValueError for a rank below 1, a dropout outside [0, 1) or an unknown init.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout=0.0, use_rslora=False, init="kaiming"):
+    def __init__(
+        self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout=0.0, use_rslora=False, init="kaiming"
+    ):
         super().__init__()
         check_settings(rank, alpha, dropout, init)
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
@@ -58,7 +60,7 @@ class LoRALayer(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.register_buffer("original_weight", None, persistent=False)  # kept here while merged
-        self.to(base.weight.device).train(base.training)  # type: ignore[arg-type]  # a base has a weight
+        self.to(base.weight.device).train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) plus the adapter's part, in the shape and dtype of base(x)."""
@@ -75,12 +77,12 @@ class LoRALayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """The one weight that does what base and adapter do together, float32."""
-        return self.base.weight.float() + delta_weight(self)  # type: ignore[operator]
+        return self.base.weight.float() + delta_weight(self)
 
     @property
     def weight(self) -> Tensor:
         """The base's weight, for model code that asks a layer for its weight's dtype or device."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
 
 class LoRALinear(LoRALayer):
