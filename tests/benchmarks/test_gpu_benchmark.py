@@ -25,7 +25,7 @@ names = ("gpu", "gpu_loops", "gpu_model", "gpu_plan", "records", "timing")
 bench, loops, model, plan, records, timing = (importlib.import_module(f"benchmarks.{name}") for name in names)
 
 CPU = torch.device("cpu")
-TINY = replace(bench.TINY, rounds=1, drawings=1)
+TINY = replace(bench.TINY, rounds=1, drawings=1, minutes=600)  # however busy the machine is
 RUNGS = {"some": {"gradient_accumulation_steps": 2}, "least": {"gradient_accumulation_steps": 8}}
 
 
