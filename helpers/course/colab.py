@@ -92,11 +92,11 @@ def ask_for_restart(before: dict[str, str]) -> None:
 
 
 def suited() -> str:
-    """The preset for this machine's GPU, as `course doctor` recommends it; MiniSD without one."""
-    from helpers.cli.doctor import recommended
-    from helpers.presets.machine import gpu_memory
+    """The preset for this machine's GPU, which is the one that `course doctor` recommends; MiniSD without one."""
+    from helpers.presets.machine import gpu_memory, rung_for
 
-    return recommended(gpu_memory())
+    rung = rung_for(gpu_memory())
+    return "mini" if rung is None else f"sd21-base@{rung}".rstrip("@")
 
 
 def constraint() -> str:
