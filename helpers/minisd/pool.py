@@ -15,11 +15,13 @@ from os import cpu_count
 
 import numpy as np
 
+from helpers.minisd.vectors import random_drawing
 from helpers.world.captions import caption
 from helpers.world.scenes import Scene, sample_scene
 from helpers.world.styles import render
 
 CAPTIONS_PER_PICTURE = 3
+NO_STYLE = "vectors"  # drawings of nothing in particular, without scene and captions
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Pool:
     """`pictures` is uint8 [N, size, size, 3]; the lists have N entries."""
 
     pictures: np.ndarray
-    scenes: list[Scene]
+    scenes: list[Scene | None]
     styles: list[str]
     captions: list[list[str]]
 
@@ -38,6 +40,8 @@ class Pool:
 def _draw(index: int, seed: int, size: int, styles: Mapping[str, float], pairs: str):
     rng = random.Random(f"{seed}/{index}")
     style = rng.choices(list(styles), list(styles.values()))[0]
+    if style == NO_STYLE:
+        return np.asarray(random_drawing(rng, size)), None, style, []
     scene = sample_scene(rng, pairs)
     words = [caption(scene, style, rng) for _ in range(CAPTIONS_PER_PICTURE)]
     return np.asarray(render(scene, style, size)), scene, style, words

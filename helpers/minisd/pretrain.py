@@ -18,7 +18,7 @@ from PIL import Image
 from helpers.base.paths import runs_folder
 from helpers.minisd import architecture
 from helpers.minisd.budget import Budget
-from helpers.minisd.pool import Pool, collect, drawing_processes, start_drawing
+from helpers.minisd.pool import NO_STYLE, Pool, collect, drawing_processes, start_drawing
 from helpers.minisd.train_judge import train_classifier
 from helpers.minisd.train_unet import latent_pool, train_unet
 from helpers.minisd.train_vae import encode, fold_statistics, reconstruct, train_vae
@@ -73,7 +73,7 @@ def pool_of(stage: str, pictures: int) -> dict:
     without the held-out pairs; the classifier, which judges, all styles and pairs.
     """
     seen_by_judge = dict.fromkeys(STYLES, 1.0)
-    seen_by_vae = dict.fromkeys((*BASE_STYLES, *HELD_OUT_STYLES), 1.0)
+    seen_by_vae = dict.fromkeys((*BASE_STYLES, *HELD_OUT_STYLES), 1.0) | {NO_STYLE: 3.0}
     return {
         "vae": {"count": max(pictures // 3, 256), "styles": seen_by_vae, "seed": 1},
         "classifier": {"count": max(pictures // 2, 256), "styles": seen_by_judge, "seed": 3, "pairs": "all"},

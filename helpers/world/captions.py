@@ -1,10 +1,12 @@
 """Scenes put into words: a small grammar with several phrasings, and one canonical phrasing for prompts.
 
-A caption is assembled from four parts:
+A caption is assembled from six parts:
 
     lead      "a portrait of", "a pencil sketch of", "a drawing of" … or nothing
     subject   "a smiling gray robot", "a red-haired woman", "a bat hero as a sheriff"
-    details   "with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"
+    details   "with a red top hat, sunglasses and a blue tie, wearing a white shirt, holding a green cup"
+    manner    ", smiling, looking left", ", seen from afar"
+    backdrop  ", on a yellow background", " in front of a blue city"
     ending    ", vintage style" in the vintage style
 
 In MiniSD's pretraining the neutral leads ("a portrait of", "a picture of", "a drawing of" and no lead at all) always
@@ -43,10 +45,26 @@ MENTION = {
     "subject color": 0.85,
     "hair": 0.80,
     "clothes": 0.55,
-    "expression": 0.25,
+    "expression": 0.6,
+    "prop": 0.90,
+    "turn": 0.5,
+    "framing": 0.5,
 }
-_BACKGROUND = {"on": 50, "with": 25, "against": 25}
-_EXPRESSION_WORDS = {"smile": "smiling", "frown": "frowning"}  # a neutral face has no word
+_ON = {"on": 50, "with": 25, "against": 25}
+_BEFORE = {"in front of": 60, "with": 40}
+# What a backdrop is called after its colour, and the prepositions it goes with.
+_BACKDROPS = {
+    "plain": ("a {} background", _ON),
+    "gradient": ("a {} gradient", _ON),
+    "stripes": ("{} stripes", _ON),
+    "dots": ("{} dots", _ON),
+    "hills": ("{} hills", _BEFORE),
+    "city": ("a {} city", _BEFORE),
+    "night sky": ("a {} night sky", {"under": 60, "with": 40}),
+    "room": ("a {} room", {"in": 100}),
+}
+_EXPRESSION_WORDS = {"smile": "smiling", "frown": "frowning", "surprise": "surprised"}  # a neutral face has no word
+_FRAMING_WORDS = {"close": "close up", "far": "seen from afar"}
 
 
 def _check_style(style: str) -> None:
@@ -99,6 +117,25 @@ def _wear(scene: Scene, said: set[str], colors: bool, hat: str) -> list[str]:
     return items
 
 
+def _names_backdrop(scene: Scene, colors: bool) -> bool:
+    """One ink has no plain background to speak of."""
+    return colors or scene.backdrop not in ("plain", "gradient")
+
+
+def _backdrop(scene: Scene, preposition: str, colors: bool) -> str:
+    """"on a pink background", "in front of blue hills"; without the colour where there is one ink."""
+    form = _BACKDROPS[scene.backdrop][0]
+    thing = _join(scene.background if colors else "", form.removeprefix("a {} ").removeprefix("{} "))
+    return f"{preposition} {_a(thing) if form.startswith('a ') else thing}"
+
+
+def _manner(scene: Scene, said: set[str], mood: str) -> list[str]:
+    """How the subject looks at us and from where, as far as it is mentioned."""
+    turn = f"looking {scene.turn}" if "turn" in said and scene.turn != "none" else ""
+    framing = _FRAMING_WORDS.get(scene.framing, "") if "framing" in said else ""
+    return [words for words in (mood, turn, framing) if words]
+
+
 def _details(rng: random.Random, items: list[str], hair: str, shirt: str) -> str:
     """The worn things, hair and shirt in one of three layouts and in a random order; words that are "" are left out."""
     rng.shuffle(items)
@@ -149,12 +186,16 @@ def caption(scene: Scene, style: str, rng: random.Random) -> str:
     shirt = _thing(scene.clothes_color, "shirt", True) if colors and "clothes" in said else ""
     details = _details(rng, _wear(scene, said, colors, hat), hair, shirt)
     text = _join(_weighted(rng, LEADS[style]), _a(subject), sheriff, details)
-    if mood:
-        text += f", {mood}"
-    if colors and "background" in said:
-        preposition = _weighted(rng, _BACKGROUND)
-        comma = "," if mood or (preposition == "with" and details) or rng.random() < 0.5 else ""
-        text += f"{comma} {preposition} {_a(scene.background)} background"
+    if "prop" in said and scene.prop != "none":
+        text += f"{',' if details else ''} holding {_thing(scene.prop_color, scene.prop, colors)}"
+        details = "held"
+    manner = _manner(scene, said, mood)
+    rng.shuffle(manner)
+    text += "".join(f", {words}" for words in manner)
+    if "background" in said and _names_backdrop(scene, colors):
+        preposition = _weighted(rng, _BACKDROPS[scene.backdrop][1])
+        comma = "," if manner or (preposition == "with" and details) or rng.random() < 0.5 else ""
+        text += f"{comma} {_backdrop(scene, preposition, colors)}"
     return text + ENDINGS.get(style, "")
 
 
@@ -163,7 +204,7 @@ def prompt(scene: Scene, style: str | None = None) -> str:
 
     style: None or "render" gives "a portrait of …" (no style words, MiniSD draws a shaded render); another style its
     own words: "a drawing of …" for doodles, "a portrait of …, vintage style" for vintage. Styles of one ink name no
-    colours. Skin, expression and pose are not scored and not named. Raises ValueError for an unknown style.
+    colours. Skin and pose are not scored and not named. Raises ValueError for an unknown style.
     """
     _check_style(style or "render")
     lead = "a portrait of" if style in (None, "render", "vintage") else next(iter(LEADS[style]))
@@ -171,6 +212,7 @@ def prompt(scene: Scene, style: str | None = None) -> str:
     subject = _noun(scene)
     if colors and _has_color_word(scene):
         subject = _join(scene.color, subject)
+    subject = _join(_EXPRESSION_WORDS.get(scene.expression, ""), subject)
     items = _wear(scene, set(MENTION), colors, scene.headwear)
     if colors and scene.hair != "none":
         items.insert(0, f"{scene.hair} hair")
@@ -178,7 +220,11 @@ def prompt(scene: Scene, style: str | None = None) -> str:
     if items:
         text += f" with {_and(items)}"
     if colors:
-        text += f", wearing {_a(scene.clothes_color)} shirt, on {_a(scene.background)} background"
+        text += f", wearing {_a(scene.clothes_color)} shirt"
+    if scene.prop != "none":
+        text += f", holding {_thing(scene.prop_color, scene.prop, colors)}"
+    if _names_backdrop(scene, colors):
+        text += f", {_backdrop(scene, next(iter(_BACKDROPS[scene.backdrop][1])), colors)}"
     return text + ENDINGS.get(style or "", "")
 
 
