@@ -1,7 +1,8 @@
-"""The judge: a small residual network that names a picture's attributes and its style.
+"""The judge: a small residual network that names a picture's attributes and its style, and finds the face's parts.
 
 It is trained on drawn pictures of every style, before and after the autoencoder, with small shifts, blur and noise, so
-that it answers for generated pictures too. One head per attribute; every metric on MiniSD comes from it.
+that it answers for generated pictures too. One head per attribute, and one that marks eyes, lenses and mouth on a map
+(see `helpers.evaluation.faces`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from helpers.world import scenes
 
 Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS = Path(__file__).parent / "judge" / "classifier.safetensors"
-INPUT = 64  # pixels a side; other sizes are resized to it
+INPUT = 128  # pixels a side; other sizes are resized to it
+PARTS = ("eye", "lens", "mouth")  # what the map of the face marks, one channel each
 HEADS: dict[str, tuple[str, ...]] = {
     "style": scenes.STYLES,
     "subject": scenes.SUBJECTS,
@@ -33,6 +35,9 @@ HEADS: dict[str, tuple[str, ...]] = {
     "badge": scenes.BADGES,
     "clothes_color": scenes.WEAR_COLORS,
     "background": scenes.BACKGROUNDS,
+    "backdrop": scenes.BACKDROPS,
+    "prop": scenes.PROPS,
+    "prop_color": ("none", *scenes.WEAR_COLORS),
     "expression": scenes.EXPRESSIONS,
 }
 
@@ -54,9 +59,9 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pictures [B, 3, S, S] in -1..1 to logits per attribute, {name: [B, classes]}."""
+    """Pictures [B, 3, S, S] in -1..1 to logits per attribute, {name: [B, classes]}, and to maps of the face."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 160)):
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160)):
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], 5, 2, 2)
         pairs = zip((widths[0], *widths[:-1]), widths, strict=True)
@@ -64,14 +69,34 @@ class Classifier(nn.Module):
         # 4 x 4 cells remain: a hat is above a head, so the position is kept
         self.shared = nn.Linear(widths[-1] * 16, 192)
         self.heads = nn.ModuleDict({name: nn.Linear(192, len(classes)) for name, classes in HEADS.items()})
+        # What an eye looks like is fine detail, what makes it an eye is around it: both levels' maps, 32 x 32
+        self.face = nn.Sequential(
+            nn.Conv2d(widths[1] + widths[2], 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, len(PARTS), 1)
+        )
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits of every head."""
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the four levels: [B, w, s, s] with s = 64, 32, 16, 8."""
         if x.shape[-1] != INPUT:
             x = F.interpolate(x, size=(INPUT, INPUT), mode="bilinear", antialias=True, align_corners=False)
-        features = F.adaptive_avg_pool2d(F.relu(self.blocks(self.stem(x))), 4).flatten(1)
+        levels = [self.stem(x)]
+        for block in self.blocks:
+            levels.append(block(levels[-1]))
+        return levels[1:]
+
+    def names(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        """Logits of every attribute's head."""
+        features = F.adaptive_avg_pool2d(F.relu(maps[-1]), 4).flatten(1)
         features = F.relu(self.shared(features))
         return {name: head(features) for name, head in self.heads.items()}
+
+    def parts(self, maps: list[Tensor]) -> Tensor:
+        """Logits [B, 3, 32, 32] that the middle of an eye, of a dark lens, of a mouth lies in a cell."""
+        fine, coarse = maps[1], F.interpolate(maps[2], scale_factor=2, mode="nearest")
+        return self.face(F.relu(torch.cat([fine, coarse], 1)))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits of every attribute's head."""
+        return self.names(self.maps(x))
 
 
 def load_classifier(path: Path = WEIGHTS) -> Classifier:

@@ -1,4 +1,4 @@
-"""Pretraining the judge on drawn pictures, before and after the autoencoder."""
+"""Pretraining the judge on drawn pictures, before and after the autoencoder, with whole and with ruined faces."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from torch import Tensor
 
 from helpers.base.files import atomic_path
 from helpers.evaluation.classifier import HEADS, WEIGHTS, Classifier, labels, load_classifier
+from helpers.evaluation.faces import heat, positions
 from helpers.minisd.budget import Budget, Ema
+from helpers.minisd.ruin import ruin
 
 # Weights of the heads' losses, where not 1: the two that every claim about content rests on, and the hardest to see.
 EMPHASIS = {"subject": 3.0, "headwear": 3.0, "expression": 3.0}
+FACE_WEIGHT = 60.0  # of the map's loss, a mean over cells that are nearly all empty
+SHIFT = 6  # pixels, at most
 
 
-def augment(x: Tensor, g: torch.Generator) -> Tensor:
-    """Shift by up to 3 pixels, blur a third of the pictures, add a little noise and contrast. x [B, 3, S, S].
+def augment(x: Tensor, parts: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Shift by a few pixels, blur a third of the pictures, add a little noise and contrast. x [B, 3, S, S].
 
-    x and the generator are on one device.
+    The face's parts [B, P, 3] move along. x and the generator are on one device.
     """
 
     def rand(*shape: int, draw=torch.rand) -> Tensor:
         return draw(shape, generator=g, device=x.device)
 
-    dx, dy = torch.randint(-3, 4, (2,), generator=g, device=x.device).tolist()
-    x = torch.roll(F.pad(x, (3, 3, 3, 3), mode="replicate"), (dy, dx), (2, 3))[..., 3:-3, 3:-3]
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = torch.where(rand(len(x), 1, 1, 1) < 0.33, blurred, x)
+    dx, dy = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=g, device=x.device).tolist()
+    padded = F.pad(x, (SHIFT,) * 4, mode="replicate")
+    moved = torch.roll(padded, (dy, dx), (2, 3))[..., SHIFT:-SHIFT, SHIFT:-SHIFT]
+    parts = parts + torch.tensor([0, dx / x.shape[-1], dy / x.shape[-1]], device=x.device)
+    blurred = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.where(rand(len(x), 1, 1, 1) < 0.33, blurred, moved)
     gain = 1 + 0.15 * rand(len(x), 1, 1, 1, draw=torch.randn)
-    return x * gain + 0.08 * rand(len(x), 1, 1, 1) * rand(*x.shape, draw=torch.randn)
+    return x * gain + 0.08 * rand(len(x), 1, 1, 1) * rand(*x.shape, draw=torch.randn), parts
 
 
 def visible(name: str, styles: Tensor) -> Tensor:
@@ -52,6 +58,12 @@ def loss_of(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
     return total
 
 
+def face_loss(logits: Tensor, parts: Tensor) -> Tensor:
+    """Cross-entropy of the maps [B, 3, 32, 32] with the marks of `parts`, whose few cells count more."""
+    target = heat(parts)
+    return F.binary_cross_entropy_with_logits(logits, target, weight=1 + 9 * target) * FACE_WEIGHT
+
+
 def train_classifier(
     pool, blurred, budget: Budget, batch_size: int = 64, path: Path = WEIGHTS, go_on: bool = False, device: str = "cpu"
 ) -> None:
@@ -60,6 +72,7 @@ def train_classifier(
     Starts from random weights, or with `go_on` from those at path. Writes fp16 weights to path.
     """
     targets = {name: classes.to(device) for name, classes in labels(pool.scenes, pool.styles).items()}
+    parts = positions(pool.scenes, pool.styles).to(device)
     torch.manual_seed(0)
     model = (load_classifier(path).train().requires_grad_(True) if go_on else Classifier()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
@@ -73,7 +86,10 @@ def train_classifier(
         x = source[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * budget.cosine(warmup_steps=100)
-        loss = loss_of(model(augment(x, g)), {k: v[rows] for k, v in targets.items()})
+        x, moved = augment(x, parts[rows], g)
+        x, left = ruin(x, moved, g)
+        maps = model.maps(x)
+        loss = loss_of(model.names(maps), {k: v[rows] for k, v in targets.items()}) + face_loss(model.parts(maps), left)
         budget.learn(loss, optimizer, ema, batch_size)
         budget.checkpoint({"classifier": model}, optimizer, ema)
     with atomic_path(path) as temporary:

@@ -108,19 +108,21 @@ def train_unet(
     batch_size: int = 32,
     learning_rate: float = 7e-4,
     on_save=None,
+    compiled: bool = False,
 ) -> Ema:
     """Train both in place until the budget ends; they hold the averaged weights afterwards.
 
     on_save(ema) is called after each checkpoint.
     """
     device = next(unet.parameters()).device
-    modules = {"unet": unet.train(), "text_encoder": text_encoder.train()}
+    unet.train().to(memory_format=torch.channels_last)
+    modules = {"unet": unet, "text_encoder": text_encoder.train()}
     parameters = [p for m in modules.values() for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     ema = Ema(modules, decay=0.999)
     budget.resume(modules, optimizer, ema)
     schedule = alphas_cumprod().to(device)
-    predict = captured(Velocity(unet), example(pool, text_encoder, batch_size, device))
+    predict = captured(Velocity(unet), example(pool, text_encoder, batch_size, device), compiled)
     for step in budget.steps():
         batch = [x.to(device, non_blocking=True) for x in draw_batch(pool, batch_size, step)]
         for group in optimizer.param_groups:

@@ -1,8 +1,8 @@
-"""Pretraining the autoencoder: pictures to latents of 1/24 the numbers and back.
+"""Pretraining the autoencoder: pictures to latents of a twelfth of the numbers and back.
 
 loss = |e| + e^2 + 0.5 |slope of e| + 1e-5 KL(N(mean, std) || N(0, 1)), each a mean over elements; e = x' - x, and its
 slopes are what makes an edge crisp. The posterior starts narrow (std 0.1): one that starts at std 1 drowns the signal
-in noise, and the decoder learns to answer with gray. The latents get noise of up to a fifth of their own spread, so
+in noise, and the decoder learns to answer with gray. The latents get noise of up to a tenth of their own spread, so
 that the decoder forgives the small errors of a U-Net.
 After training, the statistics of each latent channel are folded into the two 1x1 quant convolutions, so that latents
 times the one scaling factor of the pipeline have mean 0 and variance 1 in every channel (Rombach et al. 2022, G).
@@ -24,7 +24,7 @@ from helpers.minisd.budget import Budget, Ema, captured
 KL_WEIGHT = 1e-5
 EDGE_WEIGHT = 0.5
 START_STD = 0.1
-NOISE = 0.2  # of the latents' standard deviation, at most
+NOISE = 0.1  # of the latents' standard deviation, at most
 CROP = 64  # pixels: the network is convolutional, so that crops teach it at a quarter of the price
 
 
@@ -72,11 +72,14 @@ class VaeLoss(nn.Module):
         return vae_loss(self.vae, x, noise, level)
 
 
-def crops(pictures, batch_size: int, g: torch.Generator, device) -> Tensor:
-    """Random crops [B, 3, CROP, CROP] in -1..1 of uint8 pictures [N, H, W, 3], every other one in random colours."""
+def crops(pictures, batch_size: int, g: torch.Generator, device, step: int = 8) -> Tensor:
+    """Random crops [B, 3, CROP, CROP] in -1..1 of uint8 pictures [N, H, W, 3], every other one in random colours.
+
+    Corners are multiples of `step`, the pixels of one latent, so that a print's screen lies as in the whole picture.
+    """
     rows = torch.randint(len(pictures), (batch_size,), generator=g).tolist()
-    room = pictures.shape[1] - CROP + 1
-    corners = torch.randint(room, (batch_size, 2), generator=g).tolist()
+    room = (pictures.shape[1] - CROP) // step + 1
+    corners = (step * torch.randint(room, (batch_size, 2), generator=g)).tolist()
     cut = [pictures[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(rows, corners, strict=True)]
     x = pixels(np.stack(cut), device)
     # Channels in another order, or as a negative: colours that no style has
@@ -85,7 +88,9 @@ def crops(pictures, batch_size: int, g: torch.Generator, device) -> Tensor:
     return x
 
 
-def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 1e-3) -> Ema:
+def train_vae(
+    vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 1e-3, compiled=False
+) -> Ema:
     """Train in place on uint8 pictures [N, H, W, 3] until the budget ends; returns the averaged weights."""
     device = next(vae.parameters()).device
     vae.train().to(memory_format=torch.channels_last)
@@ -97,7 +102,7 @@ def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16
     shape = (batch_size, vae.config.latent_channels, *[CROP // downsampling(vae)] * 2)
     first = torch.Generator().manual_seed(0)
     sample = (crops(pictures, batch_size, first, device), torch.zeros(shape, device=device))
-    loss_of = captured(VaeLoss(vae), (*sample, torch.zeros(batch_size, device=device)))
+    loss_of = captured(VaeLoss(vae), (*sample, torch.zeros(batch_size, device=device)), compiled)
     for step in budget.steps():
         g = torch.Generator().manual_seed(step)
         x = crops(pictures, batch_size, g, device).contiguous(memory_format=torch.channels_last)

@@ -33,7 +33,10 @@ def _blob(rng: random.Random) -> str:
     x, y = _point(rng)
     n, size = rng.randrange(3, 11), rng.choice((3, 6, 12, 25, 50)) * rng.uniform(0.6, 1.4)
     angles = sorted(rng.uniform(0, math.tau) for _ in range(n))
-    corners = [(x + size * rng.uniform(0.5, 1) * math.cos(a), y + size * rng.uniform(0.5, 1) * math.sin(a)) for a in angles]
+    corners = []
+    for a in angles:
+        u, v = size * rng.uniform(0.5, 1) * math.cos(a), size * rng.uniform(0.5, 1) * math.sin(a)
+        corners.append((x + u, y + v))
     points = [f"{u:.1f},{v:.1f}" for u, v in corners]
     if rng.random() < 0.5:
         return "M" + " L".join(points) + " Z"
@@ -60,7 +63,8 @@ def _scribble(rng: random.Random) -> list[str]:
         x, y = _point(rng)
         reach = rng.choice((4, 10, 30))
         points = [f"{x + rng.uniform(-reach, reach):.1f},{y + rng.uniform(-reach, reach):.1f}" for _ in range(4)]
-        strokes.append(f"M{points[0]} C{points[1]} {points[2]} {points[3]}" if rng.random() < 0.6 else "M" + " L".join(points))
+        curved = rng.random() < 0.6
+        strokes.append(f"M{points[0]} C{points[1]} {points[2]} {points[3]}" if curved else "M" + " L".join(points))
     return [line(" ".join(strokes), paint, width, rng.choice((1, 1, 0.6)))]
 
 

@@ -123,7 +123,7 @@ def _names_backdrop(scene: Scene, colors: bool) -> bool:
 
 
 def _backdrop(scene: Scene, preposition: str, colors: bool) -> str:
-    """"on a pink background", "in front of blue hills"; without the colour where there is one ink."""
+    """ "on a pink background", "in front of blue hills"; without the colour where there is one ink."""
     form = _BACKDROPS[scene.backdrop][0]
     thing = _join(scene.background if colors else "", form.removeprefix("a {} ").removeprefix("{} "))
     return f"{preposition} {_a(thing) if form.startswith('a ') else thing}"

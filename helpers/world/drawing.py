@@ -10,7 +10,7 @@ import random
 from dataclasses import replace
 
 from helpers.world.faces import face
-from helpers.world.paths import CANVAS, Shape, box, ellipse, map_points, wobble
+from helpers.world.paths import CANVAS, Shape, box, ellipse, map_points, points, wobble
 from helpers.world.scenes import Scene
 from helpers.world.things import badge, balloon, body, eyewear, headwear, neckwear, prop
 
@@ -62,7 +62,8 @@ def _night_sky(scene: Scene, rng: random.Random) -> list[Shape]:
     x = rng.choice((20, 108))
     shapes += [_scenery(ellipse(x, 20, 11), scene, 0.75), _scenery(ellipse(x + 5, 17, 9), scene, -0.6)]
     places = [(rng.uniform(2, 126), rng.uniform(2, 100), rng.uniform(1.2, 2.2)) for _ in range(22)]
-    return shapes + [_scenery(ellipse(u, v, r), scene, 0.85) for u, v, r in places if (u - x) ** 2 + (v - 20) ** 2 > 300]
+    around = [(u, v, r) for u, v, r in places if (u - x) ** 2 + (v - 20) ** 2 > 300]  # not on the moon
+    return shapes + [_scenery(ellipse(u, v, r), scene, 0.85) for u, v, r in around]
 
 
 def _room(scene: Scene, rng: random.Random) -> list[Shape]:
@@ -78,7 +79,9 @@ def _room(scene: Scene, rng: random.Random) -> list[Shape]:
     ]
 
 
-_BACKDROPS = {"stripes": _stripes, "dots": _dots, "hills": _hills, "city": _city, "night sky": _night_sky, "room": _room}
+_BACKDROPS = {
+    "stripes": _stripes, "dots": _dots, "hills": _hills, "city": _city, "night sky": _night_sky, "room": _room,
+}  # fmt: skip
 
 
 def backdrop(scene: Scene) -> list[Shape]:
@@ -92,8 +95,9 @@ def backdrop(scene: Scene) -> list[Shape]:
 # How far a part stands out in front of the head's axis, in units, for a head of radius 26. What is not named turns
 # with the silhouette, which stays where it is.
 _DEPTH = {
-    "eyes": 21, "pupils": 23, "sockets": 21, "brows": 22, "lashes": 22, "glint": 24, "lens": 24, "rim": 24, "bridge": 25,
-    "mouth": 22, "teeth": 23, "teeth rim": 23, "grille": 23, "nose": 28, "muzzle": 22, "tongue": 23, "cheeks": 18,
+    "eyes": 21, "pupils": 23, "sockets": 21, "brows": 22, "lashes": 22, "glint": 24, "lens": 24, "rim": 24,
+    "bridge": 25, "mouth": 22, "teeth": 23, "teeth rim": 23, "grille": 23, "nose": 28, "muzzle": 22, "tongue": 23,
+    "cheeks": 18,
     "face plate": 12, "visor": 12, "jaw": 12, "whiskers": 18, "stripe": 16, "fold": 10, "jewel": 16, "rib": 10,
     "temple": 10, "inner ears": -2, "ears": -6, "bolts": -4, "pom-pom": -2, "antenna": -2, "hat brim": 4,
 }  # fmt: skip
@@ -143,3 +147,26 @@ def shapes_of(scene: Scene, tremor: float = 0.0) -> list[Shape]:
         return shapes
     shake = wobble(scene.seed, tremor)
     return [replace(s, path=map_points(s.path, shake)) for s in shapes]
+
+
+# --------------------------------------------------------------------------------------------------- where the face is
+
+_EYES = {"eyes", "sockets"}
+
+
+def _center(path: str) -> tuple[float, float]:
+    """The middle of the box around a path's points."""
+    xs, ys = zip(*points(path), strict=True)
+    return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+
+
+def face_parts(scene: Scene) -> list[tuple[str, float, float]]:
+    """Where the parts of the face lie: ("eye" | "lens" | "mouth", x, y), in units, before a style's own framing.
+
+    Two eyes and a mouth; sunglasses hide the eyes, and their lenses stand in for them.
+    """
+    shapes = figure(scene)
+    dark = scene.eyewear == "sunglasses"
+    kind, roles = ("lens", {"lens"}) if dark else ("eye", _EYES)
+    parts = [(kind, *_center(s.path)) for s in shapes if s.role in roles]
+    return parts + [("mouth", *_center(s.path)) for s in shapes if s.role == "mouth"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 from PIL import Image
 
@@ -27,13 +26,26 @@ from helpers.world.paint import (
     tint,
     toned,
 )
-from helpers.world.paths import CANVAS, map_points
+from helpers.world.paths import CANVAS, map_points, wobble
 from helpers.world.scenes import Scene
 
 CELL = 4  # units; one block of pixel art
 # The parts that make up the silhouette.
-BLACK_EDGE = {"head", "body", "ears", "hair", "hat crown", "hat brim", "scarf", "cape", "neck", "pom-pom", "tip",
-              "bolts", "antenna"}
+BLACK_EDGE = {
+    "head",
+    "body",
+    "ears",
+    "hair",
+    "hat crown",
+    "hat brim",
+    "scarf",
+    "cape",
+    "neck",
+    "pom-pom",
+    "tip",
+    "bolts",
+    "antenna",
+}
 
 
 def pixel(scene: Scene) -> str:
@@ -67,8 +79,10 @@ def pixel(scene: Scene) -> str:
         start = 0
         for x in range(1, n + 1):
             if x == n or row[x] != row[start]:
-                rects.append(f'<rect x="{CELL * start}" y="{CELL * y}" width="{CELL * (x - start)}" height="{CELL}" '
-                             f'fill="{row[start]}"/>')
+                rects.append(
+                    f'<rect x="{CELL * start}" y="{CELL * y}" width="{CELL * (x - start)}" height="{CELL}" '
+                    f'fill="{row[start]}"/>'
+                )
                 start = x
     return f'<g shape-rendering="crispEdges">{"".join(rects)}</g>'
 
@@ -101,12 +115,16 @@ def vivid(color: Color, gain: float = 1.45) -> Color:
 def stained_glass(scene: Scene) -> str:
     lead, rng = "#15121a", random.Random(scene.seed)
     back = vivid(SCENERY[scene.background], 1.5)
-    glow = ('<radialGradient id="glow" cx=".5" cy=".42" r=".62"><stop offset="0" stop-color="#fff" stop-opacity=".28"/>'
-            '<stop offset=".6" stop-color="#fff" stop-opacity="0"/>'
-            '<stop offset="1" stop-color="#000" stop-opacity=".3"/></radialGradient>')
+    glow = (
+        '<radialGradient id="glow" cx=".5" cy=".42" r=".62"><stop offset="0" stop-color="#fff" stop-opacity=".28"/>'
+        '<stop offset=".6" stop-color="#fff" stop-opacity="0"/>'
+        '<stop offset="1" stop-color="#000" stop-opacity=".3"/></radialGradient>'
+    )
     parts = [f"<defs>{glow}</defs>", ground(css(back))]
-    spokes = [(64 + 130 * math.cos(t), 60 + 130 * math.sin(t))
-              for t in (math.tau * (k + rng.uniform(-0.25, 0.25)) / 12 for k in range(12))]
+    spokes = [
+        (64 + 130 * math.cos(t), 60 + 130 * math.sin(t))
+        for t in (math.tau * (k + rng.uniform(-0.25, 0.25)) / 12 for k in range(12))
+    ]
     for radius, shift in ((1.0, 0.0), (0.4, 0.13)):  # two rings of panes around the head
         for k, (x, y) in enumerate(spokes):
             u, v = spokes[(k + 1) % 12]
@@ -127,7 +145,7 @@ def stained_glass(scene: Scene) -> str:
     parts.append(f'<rect width="{CANVAS}" height="{CANVAS}" fill="url(#glow)"/>')
     # What lies outside the pointed arch is stone.
     arch = "M0,0 L128,0 L128,128 L0,128 Z M6,128 L122,128 L122,62 C122,36 100,10 64,-6 C28,10 6,36 6,62 Z"
-    parts.append(fill(arch, "#5b5763", extra='fill-rule="evenodd"') + line(arch[arch.index("M6"):], lead, 4))
+    parts.append(fill(arch, "#5b5763", extra='fill-rule="evenodd"') + line(arch[arch.index("M6") :], lead, 4))
     return "".join(parts)
 
 
@@ -137,10 +155,12 @@ def chalkboard(scene: Scene) -> str:
     parts = [f"<defs>{hatch('h', css(board), 5.5, 1.8, -38)}</defs>", ground(css(board))]
     for _ in range(4):  # where the sponge passed
         x, y, turn = rng.uniform(10, 118), rng.uniform(10, 118), rng.uniform(-30, 30)
-        parts.append(f'<ellipse cx="{x:.1f}" cy="{y:.1f}" rx="44" ry="15" fill="#dfe8dc" opacity=".08" '
-                     f'transform="rotate({turn:.0f} {x:.1f} {y:.1f})"/>')
-    once, again = shapes_of(scene, tremor=0.9), shapes_of(replace(scene, seed=scene.seed + 1), tremor=1.0)
-    for s, t in zip(once, again, strict=True):
+        parts.append(
+            f'<ellipse cx="{x:.1f}" cy="{y:.1f}" rx="44" ry="15" fill="#dfe8dc" opacity=".08" '
+            f'transform="rotate({turn:.0f} {x:.1f} {y:.1f})"/>'
+        )
+    again = wobble(scene.seed + 7, 0.8)  # the second stroke of the chalk
+    for s in shapes_of(scene, tremor=0.9):
         color = mix(tint(s), chalk, 0.25)
         if s.width:
             dust = css(chalk if luminance(color) < 0.45 or s.color == "white" else color)
@@ -155,6 +175,6 @@ def chalkboard(scene: Scene) -> str:
         if s.role == "star rim" or not outlined(s, scene):
             continue
         parts.append(line(s.path, css(chalk), 1.9, 0.95, 'stroke-dasharray="9 1.1 5 0.7"'))
-        parts.append(line(t.path, css(chalk), 1.1, 0.5))
+        parts.append(line(map_points(s.path, again), css(chalk), 1.1, 0.5))
     parts.append('<rect x="2.5" y="2.5" width="123" height="123" fill="none" stroke="#8a5a33" stroke-width="5"/>')
     return "".join(parts)

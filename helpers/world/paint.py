@@ -11,15 +11,34 @@ from helpers.world.paths import CANVAS, Shape
 from helpers.world.scenes import Scene
 
 PALETTE = {
-    "light": (246, 205, 172), "tan": (212, 152, 100), "brown": (134, 84, 50), "black": (48, 46, 54),
-    "white": (246, 246, 244), "gray": (148, 153, 162), "red": (218, 48, 48), "orange": (244, 134, 40),
-    "yellow": (250, 205, 50), "green": (66, 166, 84), "blue": (52, 108, 208), "purple": (138, 76, 180),
-    "pink": (245, 160, 190), "blond": (240, 205, 105), "ink": (28, 26, 36), "rose": (240, 130, 150),
-    "cream": (250, 232, 208), "glow": (190, 226, 70), "crimson": (176, 32, 52),
+    "light": (246, 205, 172),
+    "tan": (212, 152, 100),
+    "brown": (134, 84, 50),
+    "black": (48, 46, 54),
+    "white": (246, 246, 244),
+    "gray": (148, 153, 162),
+    "red": (218, 48, 48),
+    "orange": (244, 134, 40),
+    "yellow": (250, 205, 50),
+    "green": (66, 166, 84),
+    "blue": (52, 108, 208),
+    "purple": (138, 76, 180),
+    "pink": (245, 160, 190),
+    "blond": (240, 205, 105),
+    "ink": (28, 26, 36),
+    "rose": (240, 130, 150),
+    "cream": (250, 232, 208),
+    "glow": (190, 226, 70),
+    "crimson": (176, 32, 52),
 }
 SCENERY = {  # backgrounds are paler than clothes of the same name
-    "pink": (247, 170, 198), "blue": (112, 158, 226), "green": (124, 196, 134), "yellow": (250, 222, 112),
-    "purple": (172, 132, 212), "orange": (248, 172, 98), "gray": (182, 187, 194),
+    "pink": (247, 170, 198),
+    "blue": (112, 158, 226),
+    "green": (124, 196, 134),
+    "yellow": (250, 222, 112),
+    "purple": (172, 132, 212),
+    "orange": (248, 172, 98),
+    "gray": (182, 187, 194),
 }
 Color = tuple[float, float, float]
 
@@ -54,8 +73,10 @@ def fill(path: str, paint: str, opacity: float = 1.0, extra: str = "") -> str:
 def line(path: str, paint: str, width: float, opacity: float = 1.0, extra: str = "") -> str:
     """An SVG path drawn as a round-ended line of that width, in pixels of the canvas."""
     alpha = f' opacity="{opacity}"' if opacity < 1 else ""
-    return (f'<path d="{path}" fill="none" stroke="{paint}" stroke-width="{width:.1f}" stroke-linecap="round" '
-            f'stroke-linejoin="round"{alpha} {extra}/>')
+    return (
+        f'<path d="{path}" fill="none" stroke="{paint}" stroke-width="{width:.1f}" stroke-linecap="round" '
+        f'stroke-linejoin="round"{alpha} {extra}/>'
+    )
 
 
 def ground(paint: str) -> str:
@@ -81,8 +102,10 @@ def outlined(shape: Shape, scene: Scene) -> bool:
 
 def hatch(name: str, paint: str, step: float, width: float, angle: float) -> str:
     """A pattern of parallel strokes, `step` units apart."""
-    return (f'<pattern id="{name}" width="{step}" height="{step}" patternUnits="userSpaceOnUse" '
-            f'patternTransform="rotate({angle})"><rect width="{step}" height="{width}" fill="{paint}"/></pattern>')
+    return (
+        f'<pattern id="{name}" width="{step}" height="{step}" patternUnits="userSpaceOnUse" '
+        f'patternTransform="rotate({angle})"><rect width="{step}" height="{width}" fill="{paint}"/></pattern>'
+    )
 
 
 # The brightness below which a role is hatched: faces stay clear so that they can be read.
@@ -99,7 +122,7 @@ def sky(scene: Scene, color: Color) -> str:
     """The ground behind everything, in this colour: a gradient where the scene asks for one."""
     if scene.backdrop != "gradient":
         return ground(css(color))
-    return ramp("sky", (toned(color, 0.55), color, toned(color, -0.45))) + ground("url(#sky)")
+    return ramp("sky", (toned(color, 0.55), color, toned(color, -0.35))) + ground("url(#sky)")
 
 
 def document(inside: str) -> str:

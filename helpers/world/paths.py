@@ -30,6 +30,11 @@ class Shape:
     opacity: float = 1.0
 
 
+def points(path: str) -> list[tuple[float, float]]:
+    """The path's points, control points included."""
+    return [(float(x), float(y)) for x, y in _PAIR.findall(path)]
+
+
 def map_points(path: str, move) -> str:
     """The path with every point (x, y) replaced by move(x, y)."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SUBJECTS = (
     "man", "woman", "cat", "dog", "bear", "rabbit", "fox", "owl", "robot", "alien", "skeleton", "hero", "astronaut",
@@ -23,6 +23,7 @@ BACKDROPS = ("plain", "gradient", "stripes", "dots", "hills", "city", "night sky
 FRAMINGS = ("normal", "close", "far")
 TURNS = ("none", "left", "right")  # where the head looks, as we see it
 BACKGROUNDS = ("pink", "blue", "green", "yellow", "purple", "orange", "gray")
+NIGHTS = ("blue", "green", "purple", "gray")  # the colours of a night sky: others would darken to brown
 WEAR_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 HAIR_COLORS = ("black", "brown", "blond", "red", "gray")
 # Fur, skin or shell. A skeleton is white and the bat-eared hero wears a dark mask.
@@ -156,6 +157,12 @@ def _pose(rng: random.Random, framing: str) -> dict:
     }
 
 
+def another_take(scene: Scene, rng: random.Random) -> Scene:
+    """The same portrait again: all that a prompt names stays, pose, framing and the hand's wobble are drawn anew."""
+    framing = rng.choices(FRAMINGS, (0.7, 0.15 if scene.badge == scene.prop == "none" else 0, 0.15))[0]
+    return replace(scene, framing=framing, **_pose(rng, framing), seed=rng.randrange(2**31))
+
+
 def sample_scene(rng: random.Random, pairs: str = "train") -> Scene:
     """A random scene with enough contrast that no part melts into its neighbour.
 
@@ -172,7 +179,7 @@ def sample_scene(rng: random.Random, pairs: str = "train") -> Scene:
     night = ("black",) if backdrop == "night sky" else ()  # what would melt into a dark sky
     if night and "black" in body:
         backdrop, night = "plain", ()
-    background = _pick(rng, BACKGROUNDS, body)
+    background = _pick(rng, NIGHTS if backdrop == "night sky" else BACKGROUNDS, body)
     headwear_color = "none" if headwear == "none" else _pick(rng, WEAR_COLORS, (*body, background, *night))
     clothes_color = _pick(rng, WEAR_COLORS, (color, background, *night))
     neckwear = _sometimes(rng, NECKWEAR, 0.55)

@@ -7,11 +7,10 @@ the same scene and style always give the same pixels.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from PIL import Image
 
-from helpers.world.drawing import backdrop, figure, shapes_of
+from helpers.world.drawing import backdrop, face_parts, figure, shapes_of
 from helpers.world.extra_styles import blueprint, chalkboard, pixel, stained_glass
 from helpers.world.paint import (
     HATCHED,
@@ -32,7 +31,7 @@ from helpers.world.paint import (
     tint,
     toned,
 )
-from helpers.world.paths import map_points, wobble
+from helpers.world.paths import CANVAS, map_points, wobble
 from helpers.world.scenes import STYLES, Scene
 
 # --------------------------------------------------------------------------------------------------- base styles
@@ -77,12 +76,12 @@ def _render(scene: Scene) -> str:
         parts.append(fill(s.path, f"url(#{known[css(color)]})"))
         if s.role in GLOSSY:
             parts.append(fill(s.path, "url(#gloss)"))
-    return f'<defs>{"".join(defs)}</defs>' + "".join(parts)
+    return f"<defs>{''.join(defs)}</defs>" + "".join(parts)
 
 
 def _sketch(scene: Scene) -> str:
     pencil, paper = "#333333", "#f4f4f2"
-    parts = [f'<defs>{hatch("h", "#5c5c5c", 6, 1.7, -45)}</defs>', ground(paper)]
+    parts = [f"<defs>{hatch('h', '#5c5c5c', 6, 1.7, -45)}</defs>", ground(paper)]
     for s in shapes_of(scene, tremor=0.9):
         light = luminance(tint(s))
         if s.role == "backdrop":  # a light wash
@@ -107,6 +106,7 @@ def _sketch(scene: Scene) -> str:
 
 
 PEN = "#2b1c38"
+SMALL = {"eyes", "pupils", "jewel", "tip", "nose", "button", "star", "teeth", "mouth", "glint", "lens"}
 SLIP = (1.7, 1.3)  # how far the colours lie beside the lines, as when a felt pen misses
 
 
@@ -131,7 +131,7 @@ def _doodles(scene: Scene) -> str:
                 parts.append(line(s.path, PEN, s.width + 4))
             parts.append(line(s.path, paint, max(3.0, s.width) if bold else 2.4, s.opacity))
             continue
-        small = s.role in ("eyes", "pupils", "jewel", "tip", "nose", "button", "star", "teeth", "mouth", "glint", "lens")
+        small = s.role in SMALL
         edged = outlined(s, scene) and s.color != "ink"
         if edged and not small:  # the paper shows where the colour misses
             parts.append(fill(s.path, "#fffdf8", s.opacity))
@@ -146,11 +146,13 @@ def _doodles(scene: Scene) -> str:
 
 
 INK, PAPER = (58, 36, 24), (236, 219, 176)
+SHRUNK, LEFT, TOP = 0.84, 10.2, 4.5  # the portrait within the panel
 DOTTED = {"head", "body", "hat crown", "hair", "cape", "balloon"}
 TITLES = ("AMAZING", "MYSTERY", "WESTERN", "COMICS", "WEIRD", "TALES")
 # Each letter is one stroke or more on a grid of 2 x 4, y down.
 _LETTERS = {
-    "A": "M0,4 L1,0 L2,4 M0.5,2.6 L1.5,2.6", "C": "M2,0.2 L0.2,0.2 L0.2,3.8 L2,3.8", "D": "M0,0 L0,4 L1.2,4 L2,3 L2,1 L1.2,0 Z",
+    "A": "M0,4 L1,0 L2,4 M0.5,2.6 L1.5,2.6", "C": "M2,0.2 L0.2,0.2 L0.2,3.8 L2,3.8",
+    "D": "M0,0 L0,4 L1.2,4 L2,3 L2,1 L1.2,0 Z",
     "E": "M2,0 L0,0 L0,4 L2,4 M0,2 L1.5,2", "G": "M2,0 L0,0 L0,4 L2,4 L2,2.3 L1.2,2.3", "I": "M1,0 L1,4",
     "L": "M0,0 L0,4 L2,4", "M": "M0,4 L0,0 L1,2 L2,0 L2,4", "N": "M0,4 L0,0 L2,4 L2,0", "O": "M0,0 L2,0 L2,4 L0,4 Z",
     "R": "M0,4 L0,0 L2,0 L2,2 L0,2 L2,4", "S": "M2,0 L0,0 L0,2 L2,2 L2,4 L0,4", "T": "M0,0 L2,0 M1,0 L1,4",
@@ -165,8 +167,24 @@ def aged(color: Color, t: float = 0.5) -> Color:
 
 def _sunburst(base: Color) -> str:
     parts = [fill("M6,6 H122 V107 H6 Z", css(toned(base, -0.26)))]
-    corners = [(64, -100), (150, -100), (230, -60), (260, 0), (260, 60), (260, 140), (220, 200), (140, 240),
-               (64, 240), (-12, 240), (-92, 200), (-132, 140), (-132, 60), (-132, 0), (-102, -60), (-22, -100)]
+    corners = [
+        (64, -100),
+        (150, -100),
+        (230, -60),
+        (260, 0),
+        (260, 60),
+        (260, 140),
+        (220, 200),
+        (140, 240),
+        (64, 240),
+        (-12, 240),
+        (-92, 200),
+        (-132, 140),
+        (-132, 60),
+        (-132, 0),
+        (-102, -60),
+        (-22, -100),
+    ]
     for k in range(0, 16, 2):
         (a, b), (c, d) = corners[k], corners[(k + 1) % 16]
         parts.append(fill(f"M64,66 L{a},{b} L{c},{d} Z", css(toned(base, 0.12))))
@@ -217,20 +235,24 @@ def _print(s, scene: Scene, dots: str = "d") -> str:
 
 def _vintage(scene: Scene) -> str:
     ink = css(INK)
-    # Halftone: dots that grow from nothing at the left to their full size at the right
+    # Halftone: rows of dots, staggered, that grow from nothing at the left to their full size at the right. The screen
+    # belongs to the print and not to the portrait, so that the portrait's own scale is undone.
     grow = "".join(
-        f'<circle cx="{2.6 + 5.2 * i:.1f}" cy="{2.6 + 5.2 * j + 2.6 * (i % 2):.1f}" r="{min(2.1, 0.09 * i):.2f}" fill="{ink}"/>'
-        for i in range(25) for j in range(-1, 25)
+        f'<circle cx="{4 * i + 2}" cy="{8 * j + 2 + 4 * (i % 2)}" r="{min(2.2, 0.16 * i - 0.9):.2f}" fill="{ink}"/>'
+        for i in range(7, 32) for j in range(16)
     )  # fmt: skip
-    defs = (f'<defs><pattern id="d" width="128" height="128" patternUnits="userSpaceOnUse">{grow}</pattern>'
-            '<clipPath id="panel"><rect x="6" y="6" width="116" height="101"/></clipPath></defs>')
+    defs = (
+        '<defs><pattern id="d" width="128" height="128" patternUnits="userSpaceOnUse" '
+        f'patternTransform="scale({1 / SHRUNK:.6f}) translate(-{LEFT} -{TOP})">{grow}</pattern>'
+        '<clipPath id="panel"><rect x="6" y="6" width="116" height="101"/></clipPath></defs>'
+    )
     base = aged(SCENERY[scene.background], 0.66)
     behind = _sunburst(base) if scene.backdrop == "plain" else f'<g transform="scale(1 .84)">{sky(scene, base)}</g>'
     scenery = "".join(_print(s, scene) for s in backdrop(scene))
     portrait = "".join(_print(s, scene) for s in figure(scene))
     return "".join([
         defs, ground(css(PAPER)), f'<g clip-path="url(#panel)">{behind}{scenery}',
-        f'<g transform="translate(10.2 4.5) scale(.84)">{portrait}</g></g>',
+        f'<g transform="translate({LEFT} {TOP}) scale({SHRUNK})">{portrait}</g></g>',
         f'<rect x="6" y="6" width="116" height="101" fill="none" stroke="{ink}" stroke-width="1.8"/>',
         _title(scene.seed), _wear(scene.seed),
     ])  # fmt: skip
@@ -250,6 +272,12 @@ def to_svg(scene: Scene, style: str) -> str:
     if style not in _PAINTERS:
         raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     return document(_PAINTERS[style](scene))
+
+
+def parts_in(scene: Scene, style: str) -> list[tuple[str, float, float]]:
+    """`face_parts` where the style draws them: (name, x, y) with x and y in 0..1 of the picture's width and height."""
+    scale, left, top = (SHRUNK, LEFT, TOP) if style == "vintage" else (1.0, 0.0, 0.0)
+    return [(name, (left + scale * x) / CANVAS, (top + scale * y) / CANVAS) for name, x, y in face_parts(scene)]
 
 
 def render(scene: Scene, style: str, size: int = 64) -> Image.Image:

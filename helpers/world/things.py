@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
-from helpers.world.paths import Shape, both, box, contrast, ellipse, map_points, star
+from helpers.world.paths import Shape, both, box, contrast, ellipse, star
 from helpers.world.scenes import Scene
+
 
 def body(scene: Scene) -> list[Shape]:
     neck_color = {"hero": "light", "skeleton": "white"}.get(scene.subject, scene.color)
     half = {"skeleton": 6, "alien": 6, "robot": 8}.get(scene.subject, 10)
     shapes = []
     if scene.subject == "hero":
-        shapes += both("cape", "M64,190 L14,190 L16,150 C14,120 26,96 42,86 L64,96 Z", scene.color, tone=-0.2, head=False)
+        cape = "M64,190 L14,190 L16,150 C14,120 26,96 42,86 L64,96 Z"
+        shapes += both("cape", cape, scene.color, tone=-0.2, head=False)
     shapes.append(Shape("neck", box(64 - half, 72, 64 + half, 102), neck_color, tone=-0.16, head=False))
     torso = "M18,190 L18,150 C18,116 22,100 50,93 C54,100 74,100 78,93 C106,100 110,116 110,150 L110,190 Z"
     shapes.append(Shape("body", torso, scene.clothes_color, head=False))
@@ -27,8 +29,12 @@ def neckwear(scene: Scene) -> list[Shape]:
         return [
             Shape("scarf", "M70,92 L86,90 L89,122 L73,124 Z", color, tone=-0.1, head=False),
             Shape("fringe", "M74,119 L88.5,117", color, tone=-0.4, width=2.4, head=False),
-            Shape("scarf", "M41,84 C50,92 78,92 87,84 C93,88 92,98 86,100 C72,106 56,106 42,100 C36,98 35,88 41,84 Z",
-                  color, head=False),
+            Shape(
+                "scarf",
+                "M41,84 C50,92 78,92 87,84 C93,88 92,98 86,100 C72,106 56,106 42,100 C36,98 35,88 41,84 Z",
+                color,
+                head=False,
+            ),
             Shape("fold", "M46,94 C56,98 72,98 82,94", color, tone=-0.3, width=2.2, head=False),
         ]
     if kind == "tie":
@@ -58,19 +64,26 @@ def headwear(scene: Scene) -> list[Shape]:
     trim = contrast(color, "ink" if color != "black" else "white")
     if kind == "cowboy hat":
         return [
-            Shape("hat crown", "M41,42 C42,28 43,11 52,9 C57,8 60,14 64,14 C68,14 71,8 76,9 C85,11 86,28 87,42 Z",
-                  color),
+            Shape(
+                "hat crown", "M41,42 C42,28 43,11 52,9 C57,8 60,14 64,14 C68,14 71,8 76,9 C85,11 86,28 87,42 Z", color
+            ),
             Shape("fold", "M64,15 L64,26", color, tone=-0.3, width=2.6),
             Shape("band", "M42,33 Q64,38 86,33 L87,41 Q64,46 41,41 Z", trim),
-            Shape("hat brim", "M15,26 C22,40 46,39 64,39 C82,39 106,40 113,26 C116,42 90,50 64,50 C38,50 12,42 15,26 Z",
-                  color, tone=-0.12),
+            Shape(
+                "hat brim",
+                "M15,26 C22,40 46,39 64,39 C82,39 106,40 113,26 C116,42 90,50 64,50 C38,50 12,42 15,26 Z",
+                color,
+                tone=-0.12,
+            ),
         ]
     if kind == "beanie":
         return [
             Shape("pom-pom", ellipse(64, 14, 8, 7), contrast(color, "white", "yellow") if color != "white" else "gray"),
             Shape("hat crown", "M38,44 C36,22 52,17 64,17 C76,17 92,22 90,44 Z", color),
-            *[Shape("rib", f"M{64 + x},21 Q{64 + 1.5 * x},28 {64 + 1.7 * x},36", color, tone=-0.28, width=2.4)
-              for x in (-9, 0, 9)],
+            *[
+                Shape("rib", f"M{64 + x},21 Q{64 + 1.5 * x},28 {64 + 1.7 * x},36", color, tone=-0.28, width=2.4)
+                for x in (-9, 0, 9)
+            ],
             Shape("hat brim", "M35,37 Q64,32 93,37 Q95,42 93,48 Q64,44 35,48 Q33,42 35,37 Z", color, tone=0.3),
         ]
     if kind == "crown":
@@ -93,14 +106,19 @@ def headwear(scene: Scene) -> list[Shape]:
             Shape("hat crown", "M38,46 C35,22 50,14 64,14 C80,14 92,24 90,46 Q64,42 38,46 Z", color),
             Shape("fold", "M64,16 Q52,24 52,42", color, tone=-0.28, width=2.2),
             Shape("button", ellipse(64, 13.5, 4.5, 3), color, tone=-0.25),
-            Shape("hat brim", "M56,45 C66,36 96,34 116,42 C121,45 120,50 115,50 C98,46 78,50 58,50 Q54,49 56,45 Z",
-                  color, tone=-0.25),
+            Shape(
+                "hat brim",
+                "M56,45 C66,36 96,34 116,42 C121,45 120,50 115,50 C98,46 78,50 58,50 Q54,49 56,45 Z",
+                color,
+                tone=-0.25,
+            ),
         ]
     return []
 
 
 def eyewear(scene: Scene) -> list[Shape]:
-    y, dark = (58 if scene.subject in ("alien", "cat", "owl", "astronaut") else 57), scene.color in ("black",) or scene.subject == "robot"
+    y = 58 if scene.subject in ("alien", "cat", "owl", "astronaut") else 57
+    dark = scene.color == "black" or scene.subject == "robot"
     rim = "white" if dark else "ink"
     if scene.eyewear == "glasses":
         ring = ellipse(52.5, y, 9.6, 9)
@@ -135,8 +153,12 @@ def balloon(scene: Scene) -> list[Shape]:
     color = scene.prop_color
     return [
         Shape("string", "M97,118 C100,100 112,92 109,64", "ink", width=1.8, head=False),
-        Shape("balloon", "M109,26 C119,26 124,35 122,45 C120,55 113,62 109,63 C105,62 98,55 96,45 C94,35 99,26 109,26 Z",
-              color, head=False),
+        Shape(
+            "balloon",
+            "M109,26 C119,26 124,35 122,45 C120,55 113,62 109,63 C105,62 98,55 96,45 C94,35 99,26 109,26 Z",
+            color,
+            head=False,
+        ),
         Shape("knot", "M109,61 L113,67 L105,67 Z", color, tone=-0.2, head=False),
         Shape("glint", "M103,34 Q100,38 101,43", "white", width=2.4, opacity=0.8, head=False),
     ]
@@ -150,7 +172,8 @@ def _held(kind: str, color: str) -> list[Shape]:
             Shape("coffee", ellipse(99, 95.5, 10, 2.8), "ink", head=False),
         ]
     if kind == "flower":
-        return [Shape("stem", "M97,124 Q95,108 97,94", "green", tone=-0.25, width=3.2, head=False), *_petals(97, 86, color)]
+        stem = Shape("stem", "M97,124 Q95,108 97,94", "green", tone=-0.25, width=3.2, head=False)
+        return [stem, *_petals(97, 86, color)]
     if kind == "book":
         return [
             Shape("pages", "M80,93 L113,97 L111,122 L79,118 Z", "cream", head=False),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.evaluation.distances import _kernel, _within, copy_share, diversity, mmd, mmd_interval, nearest
+from helpers.evaluation.distances import _kernel, _within, copy_share, diversity, fidelity, mmd, mmd_interval, nearest
 from helpers.evaluation.measures import bootstrap, wilson
 
 
@@ -201,3 +201,37 @@ def test_ties_count_half():
         copy_share(torch.eye(6)[:0], train, held_out)
     with pytest.raises(ValueError, match="at least 1 rows"):
         copy_share(train, train, held_out[:0])
+
+
+# --- fidelity ---------------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_is_the_ratio_of_two_distances_without_the_pairs_of_a_prompt():
+    content = normal(300, 4, 0)  # what a prompt fixes: the same in all three sets
+
+    def pictures(seed, shift):
+        return content + normal(300, 4, seed, shift, 0.3)
+
+    drawn, ceiling = pictures(1, 0.0), pictures(2, 0.5)
+    near, far = (fidelity(pictures(seed, shift), drawn, ceiling).value for seed, shift in ((3, 0.5), (4, 1.0)))
+    assert 0.8 < near < 1.25  # as far as the ceiling
+    assert 3.2 < far < 4.8  # twice the shift is four times the squared distance
+
+
+def test_fidelity_counts_no_pair_of_one_prompt():
+    x, y, z = (normal(4, 3, seed, seed) for seed in range(3))
+
+    def distance(a, b):
+        k = [_kernel(p, q, 10.0) for p, q in ((a, a), (b, b), (a, b))]
+        means = [sum(m[i, j] for i in range(4) for j in range(4) if i != j) / 12 for m in k]
+        return means[0] + means[1] - 2 * means[2]
+
+    assert fidelity(x, y, z).value == pytest.approx((distance(x, y) / distance(z, y)).item())
+
+
+def test_fidelity_refuses_sets_that_do_not_match_and_a_perfect_ceiling():
+    x = normal(20, 3, 0)
+    with pytest.raises(ValueError, match="one row a prompt"):
+        fidelity(x[:10], x, x)
+    with pytest.raises(ValueError, match="take more pictures"):
+        fidelity(normal(20, 3, 1), x, x)

@@ -36,11 +36,11 @@ def share(texts, word):
 @pytest.mark.parametrize(
     ("style", "expected"),
     [
-        (None, "a portrait of a gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"),  # noqa: E501
-        ("doodles", "a drawing of a gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"),  # noqa: E501
-        ("vintage", "a portrait of a gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background, vintage style"),  # noqa: E501
-        ("sketch", "a pencil sketch of a robot with a top hat, sunglasses and a tie"),
-        ("pixel", "pixel art of a gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"),  # noqa: E501
+        (None, "a portrait of a smiling gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"),  # noqa: E501
+        ("doodles", "a drawing of a smiling gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"),  # noqa: E501
+        ("vintage", "a portrait of a smiling gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background, vintage style"),  # noqa: E501
+        ("sketch", "a pencil sketch of a smiling robot with a top hat, sunglasses and a tie"),
+        ("pixel", "pixel art of a smiling gray robot with a red top hat, sunglasses and a blue tie, wearing a white shirt, on a yellow background"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_prompt_wording(style, expected):
@@ -50,7 +50,7 @@ def test_prompt_wording(style, expected):
 def test_prompt_names_hair_badge_and_article():
     assert prompt(MAN).startswith("a portrait of a man with black hair and a red scarf, wearing a blue shirt")
     assert prompt(SHERIFF).startswith("a portrait of a black bat hero with a red cowboy hat and a sheriff star, ")
-    assert "an orange cat" in prompt(replace(ROBOT, subject="cat", color="orange"))
+    assert "an orange cat" in prompt(replace(ROBOT, subject="cat", color="orange", expression="neutral"))
     assert prompt(ROBOT, "render") == prompt(ROBOT)
 
 
@@ -60,8 +60,8 @@ def test_prompts_tell_scenes_apart_exactly_by_their_scored_attributes():
 
     def scored(s):
         color = s.color if s.hair == "none" and s.subject != "skeleton" else s.hair
-        worn = (s.headwear, s.headwear_color, s.eyewear, s.neckwear, s.neckwear_color, s.badge)
-        return (s.subject, color, *worn, s.clothes_color, s.background)
+        worn = (s.headwear, s.headwear_color, s.eyewear, s.neckwear, s.neckwear_color, s.badge, s.prop, s.prop_color)
+        return (s.subject, color, *worn, s.clothes_color, s.background, s.backdrop, s.expression)
 
     assert len({prompt(s) for s in scenes}) == len({scored(s) for s in scenes})
     pairs = {(prompt(s), scored(s)) for s in scenes}
@@ -131,8 +131,14 @@ def test_worn_things_always_have_their_own_colour():
         ("gray robot", ROBOT, 0.85),
         ("black", MAN, 0.80),
         ("white shirt", ROBOT, 0.55),
-        ("smiling", ROBOT, 0.25),
-        ("frowning", replace(ROBOT, expression="frown"), 0.25),
+        ("smiling", ROBOT, 0.60),
+        ("frowning", replace(ROBOT, expression="frown"), 0.60),
+        ("surprised", replace(ROBOT, expression="surprise"), 0.60),
+        ("holding a green cup", replace(ROBOT, prop="cup", prop_color="green"), 0.90),
+        ("in front of a yellow city", replace(ROBOT, backdrop="city"), 0.85 * 0.6),
+        ("looking left", replace(ROBOT, turn="left"), 0.50),
+        ("close up", replace(ROBOT, framing="close"), 0.50),
+        ("seen from afar", replace(ROBOT, framing="far"), 0.50),
     ],
 )
 def test_mentions_are_as_frequent_as_stated(word, scene, p):
