@@ -17,7 +17,7 @@ from helpers.diffusion.components import Components
 from helpers.presets.configuration import DatasetSpec
 
 
-def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 64) -> Dataset:
+def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 128) -> Dataset:
     """The rows of one split, with the columns "image" and "text" (drawn ones also have "scene").
 
     split: "train" or "held_out"; which rows those are, `spec.split` says (see `split_rows`).

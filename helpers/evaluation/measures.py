@@ -26,12 +26,14 @@ from helpers.diffusion.components import Components
 from helpers.diffusion.pictures import to_tensor
 from helpers.diffusion.sampling import generate
 from helpers.evaluation.classifier import HEADS, load_classifier
-from helpers.world.captions import prompt
+from helpers.world.captions import EXPRESSION_WORDS, prompt
 from helpers.world.scenes import (
+    BACKDROPS,
     BACKGROUNDS,
     EYEWEAR,
     HEADWEAR,
     NECKWEAR,
+    PROPS,
     STYLES,
     SUBJECTS,
     WEAR_COLORS,
@@ -41,8 +43,8 @@ from helpers.world.scenes import (
 
 # An attribute is scored only where a style shows it: no colours in one-ink styles, no background in a chalkboard, and
 # vintage paper fades blue and gray backgrounds to nearly the same tone.
-_ALWAYS = ("subject", "headwear", "eyewear", "neckwear")
-_COLORED = (*_ALWAYS, "headwear_color", "neckwear_color", "clothes_color", "background")
+_ALWAYS = ("subject", "headwear", "eyewear", "neckwear", "expression", "prop")
+_COLORED = (*_ALWAYS, "headwear_color", "neckwear_color", "clothes_color", "prop_color", "background", "backdrop")
 SCORED: dict[str, tuple[str, ...]] = {style: _COLORED for style in STYLES} | {
     "sketch": _ALWAYS,
     "blueprint": _ALWAYS,
@@ -184,7 +186,8 @@ def named(text: str) -> dict[str, str]:
     """
     text = text.lower()
     out = {}
-    for attribute, names in (("headwear", HEADWEAR), ("eyewear", EYEWEAR), ("neckwear", NECKWEAR)):
+    worn = {"headwear": HEADWEAR, "eyewear": EYEWEAR, "neckwear": NECKWEAR, "prop": PROPS}
+    for attribute, names in worn.items():
         if thing := _named_thing(text, names):
             out[attribute] = thing[0]
             if thing[1]:
@@ -193,10 +196,14 @@ def named(text: str) -> dict[str, str]:
         out["subject"] = subject[0]
     if "as a sheriff" in text:
         out |= {"headwear": "cowboy hat", "badge": "sheriff star"}
-    patterns = {"clothes_color": (WEAR_COLORS, "shirt"), "background": (BACKGROUNDS, "background")}
-    for attribute, (colors, word) in patterns.items():
-        if found := re.search(rf"\b({'|'.join(colors)}) {word}\b", text):
-            out[attribute] = found[1]
+    if found := re.search(rf"\b({'|'.join(WEAR_COLORS)}) shirt\b", text):
+        out["clothes_color"] = found[1]
+    behind = "|".join(["background", *BACKDROPS[1:]])
+    if found := re.search(rf"\b({'|'.join(BACKGROUNDS)}) ({behind})\b", text):
+        out |= {"background": found[1], "backdrop": found[2].replace("background", "plain")}
+    for expression, word in EXPRESSION_WORDS.items():
+        if re.search(rf"\b{word}\b", text):
+            out["expression"] = expression
     return out
 
 

@@ -56,7 +56,6 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--unet-batch", type=int, default=16)
     p.add_argument("--classifier-batch", type=int, default=64)
     p.add_argument("--unet-learning-rate", type=float, default=7e-4)
-    p.add_argument("--compile", action="store_true", help="on a CPU: minutes of compiling, then faster steps")
     p.add_argument("--go-on", action="store_true", help="start from the weights in --out")
     return p.parse_args()
 
@@ -85,7 +84,7 @@ def pool_of(stage: str, pictures: int) -> dict:
 def vae_stage(parts: dict, args: argparse.Namespace, pool: Pool) -> None:
     """Train the autoencoder."""
     budget = Budget(args.work / "vae", seconds(args, "vae"))
-    train_vae(parts["vae"], pool.pictures, budget, args.vae_batch, compiled=args.compile)
+    train_vae(parts["vae"], pool.pictures, budget, args.vae_batch)
     fold_statistics(parts["vae"], pool.pictures[:2048])
     architecture.save(parts, args.out)
 
@@ -124,7 +123,7 @@ def unet_stage(parts: dict, args: argparse.Namespace, pool: Pool) -> None:
         architecture.save(averaged, args.out)
         sheet(averaged, args.work / "sheets" / f"step-{budget.step + 1:06d}.png")
 
-    settings = (args.unet_batch, args.unet_learning_rate, on_save, args.compile)
+    settings = (args.unet_batch, args.unet_learning_rate, on_save)
     train_unet(parts["unet"], parts["text_encoder"], latents, budget, *settings)
     architecture.save(parts, args.out)
     sheet(parts, args.work / "sheets" / "final.png")

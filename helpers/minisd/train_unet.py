@@ -108,7 +108,6 @@ def train_unet(
     batch_size: int = 32,
     learning_rate: float = 7e-4,
     on_save=None,
-    compiled: bool = False,
 ) -> Ema:
     """Train both in place until the budget ends; they hold the averaged weights afterwards.
 
@@ -122,7 +121,7 @@ def train_unet(
     ema = Ema(modules, decay=0.999)
     budget.resume(modules, optimizer, ema)
     schedule = alphas_cumprod().to(device)
-    predict = captured(Velocity(unet), example(pool, text_encoder, batch_size, device), compiled)
+    predict = captured(Velocity(unet), example(pool, text_encoder, batch_size, device))
     for step in budget.steps():
         batch = [x.to(device, non_blocking=True) for x in draw_batch(pool, batch_size, step)]
         for group in optimizer.param_groups:

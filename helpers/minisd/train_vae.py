@@ -1,9 +1,9 @@
 """Pretraining the autoencoder: pictures to latents of a twelfth of the numbers and back.
 
-loss = |e| + e^2 + 0.5 |slope of e| + 1e-5 KL(N(mean, std) || N(0, 1)), each a mean over elements; e = x' - x, and its
-slopes are what makes an edge crisp. The posterior starts narrow (std 0.1): one that starts at std 1 drowns the signal
-in noise, and the decoder learns to answer with gray. The latents get noise of up to a tenth of their own spread, so
-that the decoder forgives the small errors of a U-Net.
+loss = |e| + e^2 + 0.5 |slope of e| + 1e-5 mean^2 / 2, each a mean over elements; e = x' - x, and its slopes are what
+makes an edge crisp. The last term is what is left of KL(N(mean, std) || N(0, 1)) when the width is not learnt. Instead
+the latents get noise of up to a tenth of their own spread, so that the decoder forgives the small errors of a U-Net,
+and half of that is the posterior's width at the end.
 After training, the statistics of each latent channel are folded into the two 1x1 quant convolutions, so that latents
 times the one scaling factor of the pipeline have mean 0 and variance 1 in every channel (Rombach et al. 2022, G).
 """
@@ -23,7 +23,6 @@ from helpers.minisd.budget import Budget, Ema, captured
 
 KL_WEIGHT = 1e-5
 EDGE_WEIGHT = 0.5
-START_STD = 0.1
 NOISE = 0.1  # of the latents' standard deviation, at most
 CROP = 64  # pixels: the network is convolutional, so that crops teach it at a quarter of the price
 
@@ -34,14 +33,6 @@ def pixels(pictures, device="cpu") -> Tensor:
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def narrow_posterior(vae: AutoencoderKL) -> None:
-    """Start with log-variance 2 log(0.1) whatever the picture."""
-    channels = vae.config.latent_channels
-    with torch.no_grad():
-        vae.quant_conv.weight[channels:] = 0
-        vae.quant_conv.bias[channels:] = 2 * math.log(START_STD)
-
-
 def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Differences of neighbouring pixels of x [B, C, H, W], to the right and down."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
@@ -50,14 +41,14 @@ def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
 def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     """Loss of pictures x [B, 3, H, W] in -1..1; noise has the latents' shape, level [B] is in standard deviations."""
     posterior = vae.encode(x).latent_dist
-    # z = mean + (std + level * spread) * noise, where spread is the latents' own standard deviation in each channel
+    # z = mean + level * spread * noise, where spread is the latents' own standard deviation in each channel
     spread = posterior.mean.detach().std((0, 2, 3), keepdim=True)
-    z = posterior.mean + (posterior.std + level.view(-1, 1, 1, 1) * spread) * noise
+    z = posterior.mean + level.view(-1, 1, 1, 1) * spread * noise
     error = vae.decode(z).sample - x
     edges = sum(d.abs().mean() for d in slopes(error))
-    # KL = (mean^2 + std^2 - 1 - log std^2) / 2
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
-    return error.abs().mean() + error.pow(2).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl.mean()
+    # KL = (mean^2 + std^2 - 1 - log std^2) / 2, of which only the mean is learnt
+    kl = 0.5 * posterior.mean.pow(2).mean()
+    return error.abs().mean() + error.pow(2).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
 
 class VaeLoss(nn.Module):
@@ -88,21 +79,17 @@ def crops(pictures, batch_size: int, g: torch.Generator, device, step: int = 8) 
     return x
 
 
-def train_vae(
-    vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 1e-3, compiled=False
-) -> Ema:
+def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 8e-4) -> Ema:
     """Train in place on uint8 pictures [N, H, W, 3] until the budget ends; returns the averaged weights."""
     device = next(vae.parameters()).device
     vae.train().to(memory_format=torch.channels_last)
-    if budget.step == 0:
-        narrow_posterior(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     ema = Ema({"vae": vae}, decay=0.998)
     budget.resume({"vae": vae}, optimizer, ema)
     shape = (batch_size, vae.config.latent_channels, *[CROP // downsampling(vae)] * 2)
     first = torch.Generator().manual_seed(0)
     sample = (crops(pictures, batch_size, first, device), torch.zeros(shape, device=device))
-    loss_of = captured(VaeLoss(vae), (*sample, torch.zeros(batch_size, device=device)), compiled)
+    loss_of = captured(VaeLoss(vae), (*sample, torch.zeros(batch_size, device=device)))
     for step in budget.steps():
         g = torch.Generator().manual_seed(step)
         x = crops(pictures, batch_size, g, device).contiguous(memory_format=torch.channels_last)
@@ -151,16 +138,20 @@ def psnr(a, b) -> Tensor:
 
 @torch.no_grad()
 def fold_statistics(vae: AutoencoderKL, pictures) -> None:
-    """Rescale latent channels in place to mean 0 and std 1 / scaling factor; reconstructions do not change."""
+    """Rescale latent channels in place to mean 0 and std 1 / scaling factor; reconstructions do not change.
+
+    The posterior's std becomes half of NOISE, in units of the channel's own, whatever the picture.
+    """
     mean, _ = encode(vae, pictures)
     device = vae.quant_conv.weight.device
     center = mean.mean((0, 2, 3)).to(device)
     gain = (1 / SCALING_FACTOR) / mean.std((0, 2, 3)).to(device)
     c = vae.config.latent_channels
-    # encoder: mean' = (mean - center) * gain, log var' = log var + 2 log gain
+    # encoder: mean' = (mean - center) * gain, log var' = 2 log(noise / 2 / scaling factor)
     vae.quant_conv.weight[:c] *= gain.view(-1, 1, 1, 1)
     vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - center) * gain
-    vae.quant_conv.bias[c:] += 2 * gain.log()
+    vae.quant_conv.weight[c:] = 0
+    vae.quant_conv.bias[c:] = 2 * math.log(0.5 * NOISE / SCALING_FACTOR)
     # decoder: W z = W (z' / gain + center)
     post = vae.post_quant_conv
     post.bias += F.conv2d(center.view(1, -1, 1, 1), post.weight).flatten()

@@ -63,7 +63,7 @@ _BACKDROPS = {
     "night sky": ("a {} night sky", {"under": 60, "with": 40}),
     "room": ("a {} room", {"in": 100}),
 }
-_EXPRESSION_WORDS = {"smile": "smiling", "frown": "frowning", "surprise": "surprised"}  # a neutral face has no word
+EXPRESSION_WORDS = {"smile": "smiling", "frown": "frowning", "surprise": "surprised"}  # a neutral face has no word
 _FRAMING_WORDS = {"close": "close up", "far": "seen from afar"}
 
 
@@ -179,7 +179,7 @@ def caption(scene: Scene, style: str, rng: random.Random) -> str:
     if hair and rng.random() < 0.25:
         subject, hair = f"{scene.hair}-haired {subject}", ""
 
-    mood = _EXPRESSION_WORDS.get(scene.expression, "") if "expression" in said else ""
+    mood = EXPRESSION_WORDS.get(scene.expression, "") if "expression" in said else ""
     if mood and rng.random() < 0.5:
         subject, mood = f"{mood} {subject}", ""
 
@@ -212,7 +212,7 @@ def prompt(scene: Scene, style: str | None = None) -> str:
     subject = _noun(scene)
     if colors and _has_color_word(scene):
         subject = _join(scene.color, subject)
-    subject = _join(_EXPRESSION_WORDS.get(scene.expression, ""), subject)
+    subject = _join(EXPRESSION_WORDS.get(scene.expression, ""), subject)
     items = _wear(scene, set(MENTION), colors, scene.headwear)
     if colors and scene.hair != "none":
         items.insert(0, f"{scene.hair} hair")

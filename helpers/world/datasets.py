@@ -32,7 +32,7 @@ def default_rows(style: str, split: str) -> int:
     return ROWS[style][SPLITS.index(split)]
 
 
-def fingerprint(style: str, split: str, size: int = 64, n: int | None = None, seed: int = 0) -> str:
+def fingerprint(style: str, split: str, size: int = 128, n: int | None = None, seed: int = 0) -> str:
     """SHA-256 (hex) over the dataset's specification and the code of `helpers.world` that draws and captions it."""
     n = default_rows(style, split) if n is None else n
     spec = {"style": style, "split": split, "size": size, "n": n, "seed": seed}
@@ -95,7 +95,7 @@ def _read(path: Path, n: int, key: str) -> Dataset | None:
 
 
 def drawn_dataset(
-    style: str, split: str, size: int = 64, n: int | None = None, seed: int = 0, cache_dir: Path | str | None = None
+    style: str, split: str, size: int = 128, n: int | None = None, seed: int = 0, cache_dir: Path | str | None = None
 ) -> Dataset:
     """Drawn pictures of one style with their captions, as a `datasets.Dataset`.
 

@@ -206,8 +206,8 @@ def _title(seed: int) -> str:
 def _wear(seed: int) -> str:
     """What the years did to the paper: a stain, flecks, a fold across."""
     rng = random.Random(seed)
-    x, y = rng.choice((8, 120)), rng.choice((10, 118))
-    parts = [f'<circle cx="{x}" cy="{y}" r="{rng.uniform(14, 22):.1f}" fill="#8a6236" opacity=".16"/>']
+    x, y = rng.choice((8.0, 120.0)), rng.choice((10.0, 118.0))
+    parts = [f'<circle cx="{x:g}" cy="{y:g}" r="{rng.uniform(14, 22):.1f}" fill="#8a6236" opacity=".16"/>']
     for _ in range(16):
         x, y, r = rng.uniform(0, 128), rng.uniform(0, 128), rng.uniform(0.5, 1.2)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" fill="{css(PAPER)}" opacity=".5"/>')
@@ -280,7 +280,7 @@ def parts_in(scene: Scene, style: str) -> list[tuple[str, float, float]]:
     return [(name, (left + scale * x) / CANVAS, (top + scale * y) / CANVAS) for name, x, y in face_parts(scene)]
 
 
-def render(scene: Scene, style: str, size: int = 64) -> Image.Image:
+def render(scene: Scene, style: str, size: int = 128) -> Image.Image:
     """The scene drawn in a style: an RGB picture of size x size pixels, the same at every call.
 
     Raises ValueError for an unknown style or a size below 1.
