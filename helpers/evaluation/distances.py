@@ -162,6 +162,20 @@ def diversity(groups: Sequence[Tensor], seed: int = 0, draws: int = 2000) -> Mea
     return bootstrap([_spread(_directions(group, 2, "a group")) for group in groups], seed, draws)
 
 
+def diversity_ratio(groups: Sequence[Tensor], others: Sequence[Tensor], seed: int = 0, draws: int = 2000) -> Measure:
+    """Mean spread of `groups` divided by that of `others`, prompt for prompt the same, with a bootstrap interval.
+
+    1: pictures of a prompt differ as much in both. Raises ValueError as `diversity`, and for unequal numbers of groups.
+    """
+    if len(groups) != len(others) or not groups:
+        raise ValueError(f"as many groups on both sides, not {len(groups)} and {len(others)}")
+    spreads = np.array([[_spread(_directions(g, 2, "a group")) for g in side] for side in (groups, others)])
+    rows = np.random.default_rng(seed).integers(0, len(groups), (draws, len(groups)))
+    top, bottom = spreads[:, rows].mean(-1)
+    low, high = np.quantile(top / bottom, (0.025, 0.975))
+    return Measure(float(spreads[0].mean() / spreads[1].mean()), float(low), float(high), len(groups))
+
+
 def _spread(unit: Tensor) -> float:
     """Mean of 1 - cosine over the pairs of k rows of length 1, [k, D]."""
     k = len(unit)

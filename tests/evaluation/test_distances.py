@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.evaluation.distances import _kernel, _within, copy_share, diversity, fidelity, mmd, mmd_interval, nearest
+from helpers.evaluation.distances import (
+    _kernel,
+    _within,
+    copy_share,
+    diversity,
+    diversity_ratio,
+    fidelity,
+    mmd,
+    mmd_interval,
+    nearest,
+)
 from helpers.evaluation.measures import bootstrap, wilson
 
 
@@ -235,3 +245,15 @@ def test_fidelity_refuses_sets_that_do_not_match_and_a_perfect_ceiling():
         fidelity(x[:10], x, x)
     with pytest.raises(ValueError, match="take more pictures"):
         fidelity(normal(20, 3, 1), x, x)
+
+
+def test_diversity_ratio_compares_spreads_prompt_by_prompt():
+    centre = torch.tensor([10.0, 0, 0, 0], dtype=torch.float64)
+    others = [centre + normal(40, 4, k) for k in range(6)]
+    groups = [centre + normal(40, 4, k, spread=0.5) for k in range(6)]
+    ratio = diversity_ratio(groups, others)
+    assert ratio.low <= ratio.value <= ratio.high and ratio.n == 6
+    assert ratio.value == pytest.approx(0.25, rel=0.1)  # half the spread is a quarter of the squared angle
+    assert diversity_ratio(others, others).value == pytest.approx(1)
+    with pytest.raises(ValueError, match="as many groups"):
+        diversity_ratio(groups, others[:2])
