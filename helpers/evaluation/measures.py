@@ -200,7 +200,9 @@ def named(text: str) -> dict[str, str]:
         out["clothes_color"] = found[1]
     behind = "|".join(["background", *BACKDROPS[1:]])
     if found := re.search(rf"\b({'|'.join(BACKGROUNDS)}) ({behind})\b", text):
-        out |= {"background": found[1], "backdrop": found[2].replace("background", "plain")}
+        out["background"] = found[1]
+        if found[2] != "background":
+            out["backdrop"] = found[2]
     for expression, word in EXPRESSION_WORDS.items():
         if re.search(rf"\b{word}\b", text):
             out["expression"] = expression
