@@ -55,30 +55,41 @@ def train_adapter(given: argparse.Namespace) -> int:
 
     preset = preset_with(given.preset, train_settings(given))
     if given.data:
+        from helpers.data.look import look_at
         from helpers.data.own import with_own_pictures
 
-        preset, name = with_own_pictures(preset, source_of(given), given.held_out or 0)
+        source = source_of(given)
+        if is_first() and not source.source.startswith("hub:"):
+            print(look_at(source, whole=False))
+        preset, name = with_own_pictures(preset, source, given.held_out or 0)
     elif needless := [name for name in OF_DATA if getattr(given, name) is not None]:
         raise CourseError(f"{option(needless[0])} goes with --data WHERE")
     elif given.dataset is None:
-        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or pictures: --data WHERE")
+        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.known)}, or pictures: --data WHERE")
     else:
         name = preset.datasets[given.dataset].name
+    from helpers.cli.ending import print_ending
     from helpers.presets.machine import notes_without_gpu
     from helpers.training.loop import train
 
     for note in notes_without_gpu(preset):
         print(f"note: {note}")
     run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
-    if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one tells what was done
+    if not is_first():
         return 0
     print(f"{run.source}: {short(run.dir)}/")
     print(f"adapter: {short(run.adapter)}")
+    print_ending(preset, run)
     if given.export_reference and run.source != "reference":
         from helpers.training.runs import export_reference
 
         print(f"reference: {short(export_reference(run))}/")
     return 0
+
+
+def is_first() -> bool:
+    """Whether this process tells what is done, of several that torchrun may have started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def option(name: str) -> str:
