@@ -5,14 +5,13 @@ The files are written by LyCORIS itself (lycoris-lora on PyPI), in kohya's layou
 
 import pytest
 import torch
-from parity_tools import ROUNDING, assert_matters, base_results, difference, draw, loaded_by_us, output, pipeline_of
+from tiny import tiny_sd15_unet, tiny_text_encoder
 
+from helpers.adapters.loading import load_adapter
 from helpers.adapters.reading import read_adapter
 from helpers.adapters.writing import write_adapter
 
 kohya = pytest.importorskip("lycoris.kohya", reason="lycoris-lora writes the files of this test")
-# V / ||V|| is computed on the whole weight there and on the output here
-DORA_ROUNDING = 2e-5
 KINDS = {
     "LoRA": {},
     "rank-stabilised": {"rs_lora": True},
@@ -22,8 +21,6 @@ KINDS = {
     "DoRA by input": {"dora_wd": True, "wd_on_output": False},
     "DoRA by input, three parts": {"dora_wd": True, "wd_on_output": False, "use_tucker": True},
 }
-
-
 # Its own preset "full" finds the time embedding of Stable Diffusion twice.
 WHERE = """
 enable_conv = true
@@ -33,51 +30,55 @@ text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]
 """
 
 
-def trained(pipeline, folder, options):
-    """LyCORIS' network on U-Net and text encoder, active, with random numbers where training would put some."""
+def trained(text_encoder, unet, folder, options):
+    """LyCORIS' network on both, active, with random numbers where training would put some."""
     (folder / "where.toml").write_text(WHERE)
     options = {name: str(value) for name, value in options.items()}  # as kohya's command line gives them
     options["preset"] = str(folder / "where.toml")
-    network = kohya.create_network(1.0, 3, 2.0, None, pipeline.text_encoder, pipeline.unet, conv_dim=2, **options)
-    network.apply_to(pipeline.text_encoder, pipeline.unet, True, True)
+    network = kohya.create_network(1.0, 3, 2.0, None, text_encoder, unet, conv_dim=2, **options)
+    network.apply_to(text_encoder, unet, True, True)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith(("lora_up.weight", "scalar")):
-            parameter.data.copy_(0.1 * noise)
+            parameter.data.copy_(0.3 * noise)
         elif name.endswith("dora_scale"):
             parameter.data.mul_(1 + 0.1 * noise)
     return network
 
 
+@torch.no_grad()
+def outputs(text_encoder, unet):
+    """What both make of fixed inputs."""
+    states = text_encoder(torch.arange(8)[None]).last_hidden_state
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    return states, unet(latents, torch.tensor([500]), states).sample
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_lycoris_writes_draws_the_same_here(parity, tmp_path, kind):
-    pipeline = pipeline_of("SD 1.5")
-    network = trained(pipeline, tmp_path, KINDS[kind])
-    theirs = output(pipeline.text_encoder), draw(pipeline)
+def test_what_lycoris_writes_computes_the_same_here(tmp_path, kind):
+    models = tiny_text_encoder(), tiny_sd15_unet()
+    before = outputs(*models)
+    network = trained(*models, tmp_path, KINDS[kind])
+    theirs = outputs(*models)
     path = tmp_path / "lycoris.safetensors"
     network.save_weights(path, torch.float32, {"made by": "LyCORIS"})
-    assert read_adapter(path).layout == "kohya"
-    loaded = loaded_by_us("SD 1.5", path)
-    ours = output(loaded.text_encoder), draw(loaded)
-    latents, embeddings = base_results("SD 1.5")
-    bound = DORA_ROUNDING if "DoRA" in kind else 10 * ROUNDING
-    for name, one, other, base in zip(("text embeddings", "latents"), ours, theirs, (embeddings, latents), strict=True):
-        assert_matters(one, base)
-        parity(f"{name} with a file of LyCORIS equal its own", difference(one, other), bound, case=kind)
+    text_encoder, unet = tiny_text_encoder(), tiny_sd15_unet()
+    assert load_adapter(path, unet, text_encoder)["layout"] == "kohya"
+    for one, other, base in zip(outputs(text_encoder, unet), theirs, before, strict=True):
+        assert not torch.allclose(other, base, atol=1e-2), "the adapter must change the result"
+        assert torch.allclose(one, other, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["DoRA by output", "DoRA by input"])
-def test_lycoris_reads_the_dora_that_we_write(parity, tmp_path, kind):
-    pipeline = pipeline_of("SD 1.5")
-    network = trained(pipeline, tmp_path, KINDS[kind])
+def test_lycoris_reads_the_dora_that_we_write(tmp_path, kind):
+    models = tiny_text_encoder(), tiny_sd15_unet()
+    network = trained(*models, tmp_path, KINDS[kind])
     network.save_weights(tmp_path / "theirs.safetensors", torch.float32, {})
     path = write_adapter(tmp_path / "ours.safetensors", read_adapter(tmp_path / "theirs.safetensors"), "kohya")
-    other = pipeline_of("SD 1.5")
-    again, _ = kohya.create_network_from_weights(1.0, str(path), None, other.text_encoder, other.unet)
-    again.apply_to(other.text_encoder, other.unet, True, True)
+    again, _ = kohya.create_network_from_weights(1.0, str(path), None, tiny_text_encoder(), tiny_sd15_unet())
+    # (text encoders of transformers 5 have other names in LyCORIS)
     one, two = (
-        {k: v for k, v in n.state_dict().items() if "dora_scale" in k and "unet" in k} for n in (network, again)
+        {k: v for k, v in n.state_dict().items() if k.endswith("dora_scale") and "unet" in k} for n in (network, again)
     )
-    assert one and one.keys() == two.keys()
-    parity("the magnitudes that LyCORIS reads from our kohya file", difference(one, two), case=kind)
+    assert one and one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
