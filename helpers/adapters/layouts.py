@@ -125,7 +125,7 @@ def place_in_peft(key: str) -> Place | None:
 
 def place_in_kohya(key: str) -> Place | None:
     """(layer, part) of a key as kohya's trainers write it; None for a key of another layout."""
-    match = re.fullmatch(rf"lora_(unet|te)_(\w+)\.({'|'.join(PART_OF_KOHYA)})", key)
+    match = re.fullmatch(rf"lora_(unet|te)_(\w+)\.({'|'.join(map(re.escape, PART_OF_KOHYA))})", key)
     if match is None or not (name := dotted(match[2])):
         return None
     return layer_of("unet" if match[1] == "unet" else "text_encoder", name), PART_OF_KOHYA[match[3]]
@@ -133,7 +133,7 @@ def place_in_kohya(key: str) -> Place | None:
 
 def place_in_ldm(key: str) -> Place | None:
     """(layer, part) of a key as ComfyUI's and OneTrainer's newer files have it; None for a key of another layout."""
-    parts = "|".join(PART_OF_KOHYA)
+    parts = "|".join(map(re.escape, PART_OF_KOHYA))
     match = re.fullmatch(rf"({LDM_UNET}|{LDM_TEXT})\.(.+)\.({parts})", key)
     if match is None:
         return None

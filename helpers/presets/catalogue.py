@@ -27,10 +27,10 @@ def _minisd_resolution(default: int = 64) -> int:
     return latent * 2 ** (levels - 1)
 
 
-# An artist's own style, and her permission: see helpers/data/artists/lorelei.md.
+# An artist's own style, and her permission: see helpers/data/pictures/lorelei.md.
 _LORELEI = DatasetSpec(
     "lorelei",
-    "parquet:helpers/data/artists/lorelei.parquet",
+    "parquet:helpers/data/pictures/lorelei.parquet",
     train_rows=250,
     held_out_rows=50,
     licence="CC0 1.0, drawn by Lisa Wischofsky",

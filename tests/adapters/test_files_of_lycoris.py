@@ -5,6 +5,7 @@ The files are written by LyCORIS itself (lycoris-lora on PyPI), in kohya's layou
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_sd15_unet, tiny_text_encoder
 
 from helpers.adapters.loading import load_adapter
@@ -71,13 +72,27 @@ def test_what_lycoris_writes_computes_the_same_here(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["DoRA by output", "DoRA by input"])
-def test_lycoris_reads_the_dora_that_we_write(tmp_path, kind):
-    models = tiny_text_encoder(), tiny_sd15_unet()
-    network = trained(*models, tmp_path, KINDS[kind])
+def test_the_magnitudes_that_we_write_are_lycoris_own(tmp_path, kind):
+    trained(tiny_text_encoder(), tiny_sd15_unet(), tmp_path, KINDS[kind]).save_weights(
+        tmp_path / "theirs.safetensors", torch.float32, {}
+    )
+    path = write_adapter(tmp_path / "ours.safetensors", read_adapter(tmp_path / "theirs.safetensors"), "kohya")
+    # (text encoders of transformers 5 have other names in LyCORIS)
+    theirs, ours = (
+        {key: value for key, value in load_file(file).items() if key.endswith("dora_scale") and "unet" in key}
+        for file in (tmp_path / "theirs.safetensors", path)
+    )
+    assert ours and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_lycoris_reads_the_dora_that_we_write(tmp_path):
+    """By output; what it writes by input LyCORIS cannot read itself."""
+    network = trained(tiny_text_encoder(), tiny_sd15_unet(), tmp_path, KINDS["DoRA by output"])
     network.save_weights(tmp_path / "theirs.safetensors", torch.float32, {})
     path = write_adapter(tmp_path / "ours.safetensors", read_adapter(tmp_path / "theirs.safetensors"), "kohya")
-    again, _ = kohya.create_network_from_weights(1.0, str(path), None, tiny_text_encoder(), tiny_sd15_unet())
-    # (text encoders of transformers 5 have other names in LyCORIS)
+    models = tiny_text_encoder(), tiny_sd15_unet()
+    again, _ = kohya.create_network_from_weights(1.0, str(path), None, *models)
+    again.apply_to(*models, True, True)
     one, two = (
         {k: v for k, v in n.state_dict().items() if k.endswith("dora_scale") and "unet" in k} for n in (network, again)
     )

@@ -142,6 +142,8 @@ FOREIGN = [
     "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
     "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a",
     "lora_transformer_single_blocks_0_linear1.lora_down.weight",
+    "lora_unet_conv_in.lora_down&weight",
+    "diffusion_model.out.2.lora_up&weight",
     f"unet.{MID}.processor.to_x_lora.down.weight",
     f"unet.{MID}.to_q.lora.middle.weight",
 ]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from helpers.base.paths import ROOT
-from helpers.cli import ending
+from helpers.cli import train as ending
 from helpers.presets.variants import get_preset
 from helpers.training.runs import Run
 

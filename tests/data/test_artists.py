@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.base.paths import ROOT
-from helpers.data.artists import lorelei
+from helpers.data import lorelei
 from helpers.data.loading import load_pictures
 from helpers.presets.variants import get_preset
 
-FILE = ROOT / "helpers" / "data" / "artists" / "lorelei.parquet"
+FILE = lorelei.FILE
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""Makes lorelei.parquet: 300 portraits from "Lorelei" by Lisa Wischofsky (CC0 1.0), with captions.
+"""Makes pictures/lorelei.parquet: 300 portraits from "Lorelei" by Lisa Wischofsky (CC0 1.0), with captions.
 
     pip install dicebear-core==10.7.0 dicebear-styles==10.6.0
-    python -m helpers.data.artists.lorelei
+    python -m helpers.data.lorelei
 
 Lorelei is a set of hand-drawn parts of faces. DiceBear puts them together; which parts, we draw by lot and so know
 what a picture shows. Brows, eyes, noses and heads, which captions do not mention, are DiceBear's lot. Ours are the
@@ -16,7 +16,7 @@ import random
 from importlib.resources import files
 from pathlib import Path
 
-HERE = Path(__file__).parent
+FILE = Path(__file__).parent / "pictures" / "lorelei.parquet"
 ROWS = 300
 SIZE = 128  # pixels on a side
 
@@ -113,10 +113,10 @@ def main() -> None:
     columns = {"image": pictures, "text": [text for _, text in rows]}
     dataset = Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")}))
     said = {"artist": definition["meta"]["creator"]["name"], "licence": definition["meta"]["license"]["text"]}
-    said |= {"source": definition["meta"]["source"]["url"], "made by": "helpers/data/artists/lorelei.py"}
+    said |= {"source": definition["meta"]["source"]["url"], "made by": "helpers/data/lorelei.py"}
     table = dataset.data.table
     table = table.replace_schema_metadata(dict(table.schema.metadata or {}) | said)
-    pq.write_table(table, HERE / "lorelei.parquet", compression="zstd")
+    pq.write_table(table, FILE, compression="zstd")
 
 
 if __name__ == "__main__":

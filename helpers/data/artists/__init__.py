@@ -1,1 +1,0 @@
-"""Pictures in the styles of artists who gave them away: a parquet file each, its licence, and how it was made."""
