@@ -272,7 +272,7 @@ def test_the_readme_s_commands_train_on_own_pictures_and_draw_with_the_adapter(t
     assert run is not None and run.config["train"]["steps"] == 2
     found = find_adapter(get_preset("mini"), "my_pictures")
     assert found == run.adapter == find_adapter(get_preset("mini"), "my_pictures/")
-    for name in ("evolution.png", "before_after.png"):
+    for name in ("evolution.png", "before_and_after.png"):
         with Image.open(run.adapter.parent / name) as sheet:
             assert sheet.size == (2 * run.config["resolution"], 4 * run.config["resolution"])
     # the commands that it prints at its end
