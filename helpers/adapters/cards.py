@@ -26,7 +26,7 @@ BLOCK = re.compile(r"unet\.(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)|text_en
 class AdapterInfo:
     """What is in an adapter file.
 
-    layout: "diffusers", "kohya", "peft" or "old". size: of the file, bytes. parameters: trained numbers.
+    layout: "diffusers", "kohya", "peft", "ldm" or "old". size: of the file, bytes. parameters: trained numbers.
     ranks, alphas: {value: number of layers}. targets: {component: what it adapts}. norms: {block: Frobenius norm of its
     update}, which tells where the adapter acts. metadata: its provenance.
     """
@@ -43,6 +43,7 @@ class AdapterInfo:
     targets: dict[str, list[str] | str]
     norms: dict[str, float]
     metadata: dict
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kind = "DoRA" if self.use_dora else "rank-stabilised LoRA" if self.use_rslora else "LoRA"
@@ -60,6 +61,7 @@ class AdapterInfo:
             lines.append(f"  norm     {block:32} {norm:9.4f}  {bar}")
         for key, value in self.metadata.items():
             lines.append(f"  {key:16} {value}")
+        lines += [f"  note     {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -88,6 +90,7 @@ def inspect(path: str | os.PathLike) -> AdapterInfo:
         targets={c: adapter.targets.get(c) or leaves(adapter, c) for c in COMPONENTS if adapter.of(c)},
         norms=block_norms(adapter),
         metadata=adapter.metadata,
+        notes=adapter.notes,
     )
 
 
@@ -195,9 +198,8 @@ with the name of its preset:
 
 ```python
 from helpers.adapters import load_adapter
-from helpers.components import load_components
+from helpers.diffusion import generate, load_components
 from helpers.presets import get_preset
-from helpers.sampling import generate
 
 components = load_components(get_preset("mini"))
 load_adapter("{file}", components.unet, components.text_encoder)

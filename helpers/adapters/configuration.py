@@ -35,7 +35,8 @@ class Adapter:
     layers: {"unet.<module>" or "text_encoder.<module>": LoRAWeights}. targets: for each component the
     targets that the file names. metadata: its provenance. layout: how its tensors are named, see
     `helpers.adapters.layouts`.
-    dropout: of training. keys: the file's own names of its tensors, {(layer, part): key}, for messages.
+    dropout: of training. keys: the file's own names of its tensors, {(layer, part): key}, for messages. notes: what a
+    reader of the file should know, in sentences.
     """
 
     layers: dict[str, LoRAWeights]
@@ -44,6 +45,7 @@ class Adapter:
     layout: str = "diffusers"
     dropout: float = 0.0
     keys: dict[layouts.Place, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def of(self, component: str) -> dict[str, LoRAWeights]:
         """The layers of "unet" or "text_encoder", by the names of the modules they adapt."""
@@ -104,7 +106,7 @@ def read_configs(path: Path, header: Mapping[str, str], layout: str) -> dict[str
         file = path.parent / PEFT_CONFIG
         own = json_object(f"{file}: its text", file.read_text(encoding="utf-8", errors="replace"))
         return {component: check_config(f"{file}: its field", own, "") for component in COMPONENTS}
-    if layout != "kohya":
+    if layout in ("diffusers", "peft", "old"):
         stored = read_json(path, header, CONFIG_KEY)
     return {component: check_config(f"{path}: the header's", stored, component + ".") for component in COMPONENTS}
 

@@ -25,10 +25,10 @@ def load_adapter(
     """Put the adapter in a file or folder into a U-Net, a text encoder or both; A and B are float32 and trainable.
 
     expect: entries that the file's metadata must not contradict, such as {"prediction_type": "v_prediction"}.
-    Returns {"rank", "alpha", "use_rslora", "dropout", "targets", "metadata", "layout"}; rank and alpha are the most
-    common ones where layers differ. Everything is checked before a model is touched. Raises AdapterError, and leaves
-    the models and the random state as they were, for a file that is missing, damaged, or does not fit: missing,
-    unexpected or wrongly shaped keys are named.
+    Returns {"rank", "alpha", "use_rslora", "dropout", "targets", "metadata", "layout", "notes"}; rank and alpha are the
+    most common ones where layers differ, notes what a reader of the file should know. Everything is checked before a
+    model is touched. Raises AdapterError, and leaves the models and the random state as they were, for a file that is
+    missing, damaged, or does not fit: missing, unexpected or wrongly shaped keys are named.
     """
     path = adapter_file(path)
     adapter = read_matching(path, expect or {})
@@ -44,6 +44,7 @@ def load_adapter(
         or (short_targets(model, lora.lora_layers(model)) if model is not None else []),
         "metadata": adapter.metadata,
         "layout": adapter.layout,
+        "notes": adapter.notes,
     }
 
 

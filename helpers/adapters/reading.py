@@ -23,7 +23,9 @@ from helpers.lora.lowrank import LoRAWeights
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
 PROVENANCE_KEY = "provenance"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *FLOAT8)
+EMBEDDING = "bundle_emb."  # how the keys of a textual inversion begin that came in an adapter's file
 
 
 def adapter_file(path: str | os.PathLike) -> Path:
@@ -48,10 +50,13 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     Raises AdapterError for a file that is missing, damaged or no adapter; keys are named as the file has them.
     """
     path = adapter_file(path)
-    tensors, header = read_file(path)
+    everything, header = read_file(path)
+    tensors = {key: tensor for key, tensor in everything.items() if not key.startswith(EMBEDDING)}
+    if not tensors:
+        raise AdapterError(f"{path}: it holds embeddings (textual inversion) and no LoRA. {foreign('emb_params')}")
     layout = layouts.layout_of(list(tensors))
     found, keys = sort_tensors(path, tensors)
-    adapter = Adapter({}, layout=layout, keys=keys)
+    adapter = Adapter({}, layout=layout, keys=keys, notes=notes_on(everything))
     config = read_configs(path, header, layout)
     ranks = {layer: check_parts(path, parts, adapter, layer) for layer, parts in found.items()}
     layers, targets = {}, {}
@@ -62,8 +67,10 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             raise missing(path, adapter, layer, "lora_magnitude_vector", ": the header says that this is DoRA")
         alpha = stored_alpha(parts["alpha"]) if "alpha" in parts else layer_alpha(own, name, ranks[layer])
         A, B = parts["lora_A.weight"].float(), parts["lora_B.weight"].float()
-        magnitude = parts["lora_magnitude_vector"].float() if "lora_magnitude_vector" in parts else None
-        layers[layer] = LoRAWeights(A, B, alpha, own["use_rslora"], magnitude)
+        if "lora_mid.weight" in parts:
+            A = fold_middle(A, parts["lora_mid.weight"].float())
+        magnitude, by_input = magnitude_of(parts, layout in ("kohya", "ldm"))
+        layers[layer] = LoRAWeights(A, B, alpha, own["use_rslora"], magnitude, by_input)
         if own["target_modules"] and own["complete"]:
             targets[component] = without_text_model(own["target_modules"])
     dropout = max(own["lora_dropout"] for own in config.values())
@@ -86,6 +93,19 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header
 
 
+def notes_on(tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """What a reader of the file should know: how coarse its numbers are, and what of it is left out."""
+    notes = []
+    coarse = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype in FLOAT8})
+    if coarse:
+        notes.append(f"its numbers are stored as {' and '.join(coarse)}: one or two digits are left of each")
+    embeddings = sorted({key.split(".")[1] for key in tensors if key.startswith(EMBEDDING)})
+    if embeddings:
+        named = ", ".join(map(repr, embeddings))
+        notes.append(f"it brings embeddings (textual inversion), which are left out: {named}. The LoRA is read without")
+    return tuple(notes)
+
+
 def sort_tensors(
     path: Path, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[layouts.Place, str]]:
@@ -98,10 +118,16 @@ def sort_tensors(
         if place is None:
             raise AdapterError(f"{path}: unexpected key {key!r}, which is no {layout[key]} LoRA key. {foreign(key)}")
         numbers = FLOATS if place[1] != "alpha" else (*FLOATS, torch.int32, torch.int64)
-        if value.dtype not in numbers or not torch.isfinite(value.float()).all():
+        if value.dtype not in numbers:
+            kind = str(value.dtype).removeprefix("torch.")
             raise AdapterError(
-                f"{path}: {key!r} holds values that are not finite floating-point numbers: the training diverged or "
-                "the file is damaged; take an earlier checkpoint, or download it again"
+                f"{path}: {key!r} is stored as {kind}, and the numbers of a LoRA are floating-point: if it was made "
+                "smaller (quantised), ask the author for the file before that, or download it again"
+            )
+        if not torch.isfinite(value.float()).all():
+            raise AdapterError(
+                f"{path}: {key!r} holds values that are not finite: the training diverged or the file is damaged; "
+                "take an earlier checkpoint, or download it again"
             )
         layer, part = place
         if part in found.setdefault(layer, {}):
@@ -117,7 +143,11 @@ def foreign(key: str) -> str:
         r"lora_te[12]_|lora_unet_(input|middle|output)_block|text_encoder_2\.|transformer\.|lora_transformer_", key
     ):
         return "It belongs to an adapter for Stable Diffusion XL or later; this course reads those for versions 1 and 2"
-    if re.search(r"hada_|lokr_|dora_scale|\.diff", key):
+    if key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")):
+        return "It belongs to a whole model, not to an adapter: `course adapter extract` cuts one out of a difference"
+    if key in ("emb_params", "clip_l", "clip_g", "*") or key.startswith("string_to_param"):
+        return "It belongs to an embedding (textual inversion), which this course does not use"
+    if re.search(r"hada_|lokr_|oft_|boft_|glora|\.[ab][12]\.weight|\.diff(_b)?$|[wb]_norm", key):
         return "It belongs to another kind of adapter (LyCORIS) than LoRA"
     return "Is this an adapter for Stable Diffusion 1 or 2?"
 
@@ -143,9 +173,48 @@ def check_parts(path: Path, parts: dict[str, Tensor], adapter: Adapter, layer: s
         fault = f"{a!r} has rank {A.shape[0]} and {b!r} rank {B.shape[1]}: they do not multiply"
     if "alpha" in parts and parts["alpha"].numel() != 1:
         fault = f"{adapter.key(layer, 'alpha')!r} is not one number"
+    middle, scale = parts.get("lora_mid.weight"), parts.get("lora_magnitude_vector")
+    if fault is None and middle is not None and not fits_between(middle, A, B):
+        fault = f"{adapter.key(layer, 'lora_mid.weight')!r} has shape {list(middle.shape)} and does not fit {a!r}"
+    if fault is None and scale is not None and adapter.layout in ("kohya", "ldm") and not is_scale(scale, A, B):
+        fault = f"{adapter.key(layer, 'lora_magnitude_vector')!r} has shape {list(scale.shape)}, no row and no column"
     if fault:
         raise AdapterError(f"{path}: {fault}; save or download it again")
     return A.shape[0]
+
+
+# ---- what kohya's layout has and others lack ----
+def fits_between(middle: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether a convolution in three parts multiplies: A and B 1x1, and between them rank to rank."""
+    rank = A.shape[0]
+    return A.ndim == B.ndim == middle.ndim == 4 and A.shape[2:] == (1, 1) and middle.shape[:2] == (rank, rank)
+
+
+def fold_middle(A: Tensor, middle: Tensor) -> Tensor:
+    """The A of two parts for one of three: [r, in, 1, 1] and [r, r, k, k] -> [r, in, k, k]. (LyCORIS: "Tucker".)"""
+    # A'[i] = sum_j middle[i, j] A[j]: one convolution after another, the first of which looks at one pixel
+    return torch.einsum("ijkl,jn->inkl", middle, A.flatten(1))
+
+
+def is_scale(scale: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether a dora_scale is one number for each output, [out, 1 …], or for each input, [1, in …]."""
+    outputs, inputs = B.shape[0], A.shape[1]
+    shape = list(scale.shape)
+    return shape in ([outputs], [outputs, *[1] * (A.ndim - 1)], [1, inputs, *[1] * (A.ndim - 2)])
+
+
+def magnitude_of(parts: dict[str, Tensor], is_kohyas: bool) -> tuple[Tensor | None, bool]:
+    """DoRA's magnitude in PEFT's shape, or None, and whether it is by input.
+
+    kohya's layout keeps [out, 1 …] for a magnitude by output; where a layer has as many inputs, the shape still tells.
+    """
+    scale = parts.get("lora_magnitude_vector")
+    if scale is None or not is_kohyas:
+        return None if scale is None else scale.float(), False
+    by_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.shape[1] == parts["lora_A.weight"].shape[1]
+    by_input = by_input and scale.shape[0] != parts["lora_B.weight"].shape[0]
+    dimensions = parts["lora_A.weight"].ndim
+    return scale.float().reshape([-1] if dimensions == 2 else [1, -1, 1, 1]), by_input
 
 
 def without_text_model(targets: list[str] | str) -> list[str] | str:

@@ -44,7 +44,7 @@ def save_adapter(
 
     `metadata` is a dict that JSON can hold; `load_adapter` gives it back. The adapter is saved as trained, whatever
     `scaled` or `merge` are doing to it. The file is complete or not there. Raises AdapterError for models without LoRA
-    layers, and for DoRA in kohya's layout.
+    layers, and for DoRA by input in diffusers' layout.
     """
     return write_adapter(path, adapter_of(unet, text_encoder, metadata), layout)
 
@@ -78,8 +78,10 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, layout: str = "diff
     for layer, weights in layers.items():
         for part, tensor in weights.tensors().items():
             key = layouts.key_of(layout, layer, part)
-            if part != "lora_magnitude_vector" and layouts.READERS[layout](key) != (layer, part):
+            if layouts.READERS[layout](key) != (layer, part):
                 raise AdapterError(f"{layer}: {layout}'s layout has no name for this layer that could be read again")
+            if part == "lora_magnitude_vector":
+                tensor = stored_magnitude(layer, weights, layout)
             tensors[key] = tensor.detach().cpu().clone().contiguous()
     if layout == "kohya":
         tensors |= kohya_alphas(layers)
@@ -117,13 +119,22 @@ def kohya_alphas(layers: dict[str, LoRAWeights]) -> dict[str, Tensor]:
     """Each layer's alpha as the float32 tensor that kohya's layout has for it."""
     alphas = {}
     for layer, weights in layers.items():
-        if weights.magnitude is not None:
-            raise AdapterError(f"{layer} is a DoRA layer: kohya's layout is for plain LoRA here; use diffusers'")
         key = layouts.key_of("kohya", layer, "alpha")
         alphas[key] = torch.tensor(kohya_alpha(weights), dtype=torch.float32)
         if not alphas[key].isfinite():
             raise AdapterError(f"{key!r}: the alpha {weights.alpha:g} does not fit a float32, as kohya's layout has it")
     return alphas
+
+
+def stored_magnitude(layer: str, weights: LoRAWeights, layout: str) -> Tensor:
+    """DoRA's magnitude in the shape that a layout has for it; kohya's is a column by output, a row by input."""
+    assert weights.magnitude is not None
+    if layout == "kohya":
+        ones = [1] * (weights.A.ndim - 2)
+        return weights.magnitude.reshape([1, -1, *ones] if weights.by_input else [-1, 1, *ones])
+    if weights.by_input:
+        raise AdapterError(f"{layer}: DoRA by input is not what PEFT has; write it in kohya's layout")
+    return weights.magnitude
 
 
 def kohya_alpha(weights: LoRAWeights) -> float:

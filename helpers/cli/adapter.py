@@ -58,7 +58,7 @@ def find_adapter(preset: Preset, adapter: str) -> Path:
     from helpers.base.hub import HubError
     from helpers.training.runs import find_run, newest_run, run_key
 
-    if adapter not in preset.datasets.names or Path(adapter).exists():
+    if adapter not in preset.datasets.known or Path(adapter).exists():
         own = None if adapter_file(adapter).exists() else newest_run(preset, Path(adapter).name)
         return own.adapter if own else Path(adapter)
     try:

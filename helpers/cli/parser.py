@@ -15,6 +15,8 @@ from typing import Any
 
 from helpers.cli.adapter import add_commands
 from helpers.cli.figure import redraw_figure
+from helpers.cli.look import add_options as add_look_options
+from helpers.cli.look import look_at_pictures
 from helpers.cli.messages import DEFAULT, is_out_of_memory, is_readers, memory_advice, sentence_of
 from helpers.cli.run import compile_report, run_course
 from helpers.cli.sample import sample_pictures
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("check", check_course, "lint, types, unit tests, strict notebook tests and measured numbers", preset=False)
 
     add_options(add("train", train_adapter, "train one adapter, or find the finished run"))
+
+    add_look_options(add("look", look_at_pictures, "what is in a folder of your own pictures", preset=False))
 
     sweep = add("sweep", run_sweep, "train and measure every point of a study, with every seed", preset=False)
     sweep.add_argument("--study", required=True, metavar="NAME", help="a name that none has lists them")

@@ -49,7 +49,9 @@ def draw(preset: Preset, given: argparse.Namespace, adapter: Path | None) -> lis
 
     components = load_components(preset, given.device)
     if adapter is not None:
-        load_adapter(adapter, components.unet, components.text_encoder, origin_of(preset, given.other_base))
+        expect = origin_of(preset, given.other_base)
+        for note in load_adapter(adapter, components.unet, components.text_encoder, expect)["notes"]:
+            print(f"note: {adapter.name}: {note}")
     prompts = [prompt for prompt in given.prompt for _ in range(given.count)]
     seeds = [given.seed + number for _ in given.prompt for number in range(given.count)]
     settings = {

@@ -6,18 +6,25 @@ import argparse
 import ast
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from helpers.base.paths import ROOT, short
+from helpers.cli.messages import DEFAULT
 from helpers.presets.configuration import DatasetSpec, Preset, TrainConfig
 from helpers.presets.variants import get_preset
+
+if TYPE_CHECKING:
+    from helpers.training.runs import Run
 
 # Options: those that go with --data, and those that are settings of a `TrainConfig`.
 OF_DATA = ("image_column", "text_column", "revision", "held_out")
 SETTINGS = ("rank", "alpha", "steps", "batch_size", "learning_rate", "seed")
+COLUMNS = 8  # validations on the sheet, evenly spread, the first and the last among them
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,17 +58,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def train_adapter(given: argparse.Namespace) -> int:
     """`course train`: one adapter of a preset's dataset, or of one's own captioned pictures."""
     from helpers.base.errors import CourseError
-    from helpers.base.paths import short
 
     preset = preset_with(given.preset, train_settings(given))
     if given.data:
+        from helpers.data.look import look_at
         from helpers.data.own import with_own_pictures
 
-        preset, name = with_own_pictures(preset, source_of(given), given.held_out or 0)
+        source = source_of(given)
+        if is_first() and not source.source.startswith("hub:"):
+            print(look_at(source, whole=False))
+        preset, name = with_own_pictures(preset, source, given.held_out or 0)
     elif needless := [name for name in OF_DATA if getattr(given, name) is not None]:
         raise CourseError(f"{option(needless[0])} goes with --data WHERE")
     elif given.dataset is None:
-        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or pictures: --data WHERE")
+        raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.known)}, or pictures: --data WHERE")
     else:
         name = preset.datasets[given.dataset].name
     from helpers.presets.machine import notes_without_gpu
@@ -70,15 +80,21 @@ def train_adapter(given: argparse.Namespace) -> int:
     for note in notes_without_gpu(preset):
         print(f"note: {note}")
     run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
-    if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one tells what was done
+    if not is_first():
         return 0
     print(f"{run.source}: {short(run.dir)}/")
     print(f"adapter: {short(run.adapter)}")
+    print_ending(preset, run)
     if given.export_reference and run.source != "reference":
         from helpers.training.runs import export_reference
 
         print(f"reference: {short(export_reference(run))}/")
     return 0
+
+
+def is_first() -> bool:
+    """Whether this process tells what is done, of several that torchrun may have started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def option(name: str) -> str:
@@ -153,3 +169,61 @@ def preset_with(name: str, settings: dict[str, Any]) -> Preset:
     # One spelling for one value, since a run's key is made from it: alpha=8 is alpha=8.0
     settings = {key: float(v) if isinstance(known.get(key), float) else v for key, v in settings.items()}
     return get_preset(name, **settings)
+
+
+# --- its end --------------------------------------------------------------------------------------------------------
+def print_ending(preset: Preset, run: Run) -> None:
+    """Write the pictures (not into the repository's own runs) and say where everything goes."""
+    if run.source != "reference":
+        for what, path in leave_pictures(run).items():
+            print(f"{what}: {short(path)}")
+    print("\n".join(ways_to_use(preset, run)))
+
+
+def leave_pictures(run: Run) -> dict[str, Path]:
+    """{what it shows: path}: the evolution, a row a prompt and a column a validation, and its first and last column.
+
+    The first validation comes before the first step, when the adapter changes nothing: it is the base model. Empty
+    for a run with fewer than two validations.
+    """
+    from helpers.base.files import atomic_path
+    from helpers.course.figures import contact_sheet
+
+    steps = [step for step, _ in run.validations()]
+    if len(steps) < 2:
+        return {}
+    last = len(steps) - 1
+    some = sorted({steps[i * last // (COLUMNS - 1)] for i in range(COLUMNS)})
+    left = {}
+    for what, chosen in {"evolution": some, "before and after": [some[0], some[-1]]}.items():
+        columns = [run.validation_pictures(step) for step in chosen]
+        left[what] = run.adapter.parent / f"{what.replace(' ', '_')}.png"
+        with atomic_path(left[what]) as temporary:
+            # one picture after another goes along the rows
+            contact_sheet([p for row in zip(*columns, strict=True) for p in row], len(chosen)).save(temporary)
+    return left
+
+
+def ways_to_use(preset: Preset, run: Run) -> list[str]:
+    """The adapter in this course, in diffusers and in ComfyUI or AUTOMATIC1111, each as a command or a place."""
+    chosen = "" if preset.name == DEFAULT else f" --preset {preset.name}"
+    name = shlex.quote(run.dataset)
+    prompt = shlex.quote(" ".join(next(iter(preset.validation_prompts.get(run.dataset, ())), "a prompt").split()))
+    base = preset.model if preset.on_hub else str(short(ROOT / preset.model))
+    lines = [
+        f"draw with it: course sample{chosen} --prompt {prompt} --adapter {name}",
+        "in diffusers:",
+        "    from diffusers import StableDiffusionPipeline",
+        f"    pipeline = StableDiffusionPipeline.from_pretrained({base!r})",
+        f"    pipeline.load_lora_weights({short(run.adapter.parent)!r}, weight_name={run.adapter.name!r})",
+    ]
+    if not preset.on_hub:
+        return [
+            *lines,
+            "in ComfyUI or AUTOMATIC1111: they have no MiniSD; for them train with --preset sd15 or sd21-base",
+        ]
+    return [
+        *lines,
+        f"in ComfyUI or AUTOMATIC1111: course adapter convert{chosen} {name} {name}.safetensors,",
+        "    then put it into ComfyUI/models/loras or stable-diffusion-webui/models/Lora",
+    ]

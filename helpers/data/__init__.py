@@ -5,6 +5,7 @@ Whatever the source, a dataset has the columns "image" and "text".
 
 from helpers.data.caches import LatentCache, build_cache, compute_cache
 from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture
+from helpers.data.look import look_at
 from helpers.data.own import with_own_pictures
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "compute_cache",
     "describe_captions",
     "load_pictures",
+    "look_at",
     "read_picture",
     "with_own_pictures",
 ]

@@ -35,7 +35,7 @@ from helpers.diffusion.text import encode_tokens, tokenize
 # The modules that a cache depends on
 CODE = (
     "helpers.base.device",
-    *(f"helpers.data.{name}" for name in ("loading", "folders", "recipes", "caches")),
+    *(f"helpers.data.{name}" for name in ("loading", "folders", "encodings", "recipes", "caches")),
     *(f"helpers.diffusion.{name}" for name in ("components", "text", "pictures")),
 )
 CHUNK = 16  # pictures, or captions, that are in memory as tensors at once

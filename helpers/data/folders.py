@@ -1,11 +1,14 @@
-"""Captioned pictures on the disk: a folder with a metadata file, with parquet files or with a text file beside each
+"""Captioned pictures on the disk: a folder with a metadata file, with parquet files or with a caption file beside each
 picture, or a single parquet file. The rows have the columns that the `DatasetSpec` names."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +23,13 @@ from pyarrow.parquet import read_metadata
 
 from helpers.base.errors import DataError, unreadable
 from helpers.base.paths import ROOT, runs_folder
+from helpers.data.encodings import decode
 from helpers.presets.configuration import DatasetSpec
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CAPTION_SUFFIXES = (".txt", ".caption")  # where a picture has both, the first counts
 METADATA = ("metadata.csv", "metadata.jsonl")
+MAX_REPEATS = 100  # a folder 10_cat means "ten times"; 2023_summer is a name
 
 
 def missing_column(column: str, existing, where: str) -> DataError:
@@ -41,21 +47,63 @@ def find_path(place: str) -> Path:
 
 
 def from_folder(place: str, spec: DatasetSpec) -> Dataset:
-    """The rows of metadata.csv or metadata.jsonl; else of the parquet files; else pictures with .txt files beside them.
+    """The rows of metadata.csv or metadata.jsonl; else of the parquet files; else pictures with a caption file beside.
 
-    Files and folders whose name begins with a dot do not count, wherever they are.
+    Files and folders whose name begins with a dot do not count, wherever they are. Pictures of a folder called 10_cat,
+    as kohya's trainers have them, come ten times as often as others (see `repeats_of`).
     Raises DataError when there is no such folder, column or caption, or a file is damaged.
     """
     folder = find_path(place)
     if not folder.is_dir():
         raise DataError(f"{place} is a file, not a folder; the source of a parquet file is parquet:{place}")
-    metadata = [folder / name for name in METADATA if (folder / name).is_file()]
-    tables = [] if metadata else parquet_files(folder)
+    tables = [] if metadata_file(folder) else parquet_files(folder)
     if tables:
         return read_parquet(tables, spec)
-    pairs = pairs_from_metadata(metadata[0], spec) if metadata else pairs_from_text_files(folder)
-    columns = {spec.image_column: [str(path) for path, _ in pairs], spec.text_column: [text for _, text in pairs]}
+    pairs = pairs_of(folder, spec)
+    bare = [picture.name for picture, text in pairs if text is None]
+    if bare:
+        raise DataError(
+            f"{len(bare)} of {len(pairs)} pictures in {folder} have no caption, {bare[0]} for one: put a .txt file "
+            "of the same name beside each, or one metadata.csv with the columns file_name and text, or let a model "
+            "write captions: course train --data FOLDER --caption"
+        )
+    for picture, _ in pairs:
+        check_picture(picture)
+    times = repeats_of([picture for picture, _ in pairs], folder)
+    if spec.held_out_rows and max(times) > 1:
+        raise DataError(f"some pictures in {folder} come several times (10_name): none can be held out of the training")
+    rows = [pair for pair, count in zip(pairs, times, strict=True) for _ in range(count)]
+    columns = {spec.image_column: [str(path) for path, _ in rows], spec.text_column: [text for _, text in rows]}
     return Dataset.from_dict(columns)
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The folder's metadata file, if it has one."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def pairs_of(folder: Path, spec: DatasetSpec) -> list[tuple[Path, str | None]]:
+    """(picture, caption) for each picture of a folder; None where it has none. Whether it can be read is not tried."""
+    metadata = metadata_file(folder)
+    return list(pairs_from_metadata(metadata, spec) if metadata else pairs_from_text_files(folder))
+
+
+def repeats_of(pictures: list[Path], folder: Path) -> list[int]:
+    """How often each picture comes: in 10_cat and 20_dog once and twice, as only the ratio counts.
+
+    Once each, where a metadata file lists them.
+    """
+    if metadata_file(folder):
+        return [1] * len(pictures)
+    times = [max(1, folder_repeats(picture.parent.relative_to(folder))) for picture in pictures]
+    shared = math.gcd(*times)
+    return [count // shared for count in times]
+
+
+def folder_repeats(below: Path) -> int:
+    """The number in front of a folder's name, 1 to MAX_REPEATS; 0 for a name without. `below` is a relative path."""
+    match = re.fullmatch(r"(\d{1,6})_.+", below.name)
+    return int(match[1]) if match and int(match[1]) <= MAX_REPEATS else 0
 
 
 def visible_paths(folder: Path) -> list[Path]:
@@ -90,29 +138,42 @@ def picture_paths(metadata: Path, names: list) -> list[Path]:
             raise DataError(f"row {row} of {metadata.name} names no picture")
         if not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder)):
             raise DataError(f"row {row} of {metadata.name} names {name}, which is outside of {folder}")
-    absent = [name for name in names if not (folder / name).exists()]
+    absent = [name for name in names if not is_there(folder / name)]
     if absent:
-        raise DataError(f"{metadata.name} names {absent[0]}, which is not in {folder} ({len(absent)} such rows)")
-    pictures = [folder / name for name in names]
-    for picture in pictures:
-        check_picture(picture)
-    return pictures
+        raise DataError(f"{metadata.name} names {absent[0][:200]}, which is not in {folder} ({len(absent)} such rows)")
+    return [folder / name for name in names]
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; not so for a name that is too long to be one."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metadata file, in order."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            else:
-                rows = [dict(json.loads(line)) for line in file if line.strip()]
-    except (ValueError, TypeError, csv.Error) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        lines = io.StringIO(decode(path), newline="")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(lines, delimiter=delimiter_of(lines.getvalue())))
+        else:
+            rows = [dict(json.loads(line)) for line in lines if line.strip()]
+    except DataError:
+        raise
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:  # JSONDecodeError is a ValueError
         raise DataError(f"cannot read {path}: {error}") from error
     for number, row in enumerate(rows):
         if None in row:  # where DictReader puts the cells that have no column
             raise DataError(f"row {number} of {path.name} has too many cells: a caption with a comma needs quotes")
     return rows
+
+
+def delimiter_of(text: str) -> str:
+    """What separates the cells of a table: a comma, or the semicolon or tab of a header that has no comma."""
+    header = text.partition("\n")[0]
+    return "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
 
 
 def as_caption(value: Any, row: int, column: str, where: str) -> str:
@@ -126,28 +187,30 @@ def as_caption(value: Any, row: int, column: str, where: str) -> str:
 
 
 # --- text files and parquet files --------------------------------------------------------------------------------
-def pairs_from_text_files(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) for each picture in the folder and those below it, in the order of their paths."""
-    pictures = [path for path in visible_paths(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
+def pairs_from_text_files(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(picture, caption) for each picture in the folder and those below it, in the order of their paths.
+
+    A picture without a caption file in a folder such as 10_sks cat takes "sks cat", as kohya's trainers read it.
+    """
+    found = visible_paths(folder)
+    pictures = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
     if not pictures:
         raise DataError(f"there are no pictures in {folder}")
-    for path in pictures:
-        check_picture(path)
-    bare = [path.name for path in pictures if not path.with_suffix(".txt").is_file()]
-    if bare:
-        raise DataError(
-            f"{len(bare)} of {len(pictures)} pictures in {folder} have no caption, {bare[0]} for one: put a .txt file "
-            "of the same name beside each, or one metadata.csv with the columns file_name and text"
-        )
-    return [(path, read_text(path.with_suffix(".txt"))) for path in pictures]
+    texts = caption_files(found)
+    for picture in pictures:
+        path = texts.get(picture.with_suffix("")) or texts.get(picture)
+        is_repeated = folder_repeats(picture.parent.relative_to(folder))
+        if path:
+            yield picture, decode(path).strip()
+        else:
+            yield picture, picture.parent.name.partition("_")[2].strip() if is_repeated else None
 
 
-def read_text(path: Path) -> str:
-    """The text of a file without the space around it. Raises DataError unless it is UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except ValueError as error:
-        raise DataError(f"cannot read {path}: it is not text in UTF-8 ({error})") from error
+def caption_files(paths: list[Path]) -> dict[Path, Path]:
+    """{cat: cat.txt} for the caption files among the paths; for cat.png.txt, as some tools write it, {cat.png: …}."""
+    texts = [path for path in paths if path.suffix.lower() in CAPTION_SUFFIXES and path.is_file()]
+    texts.sort(key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower()), reverse=True)
+    return {path.with_suffix(""): path for path in texts}
 
 
 def parquet_files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ def with_own_pictures(preset: Preset, everything: DatasetSpec, held_out: int) ->
     from helpers.data.loading import load_pictures
 
     name = everything.name
-    if name in preset.datasets.names:
+    if name in preset.datasets.known:
         raise DataError(f"preset {preset.name!r} has a dataset {name!r} already: give this one another --dataset name")
     captions = list(load_pictures(everything, "train", preset.resolution)["text"])
     if not 0 <= held_out < len(captions):

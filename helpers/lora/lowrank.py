@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import lora
-from helpers.lora import dora
+from helpers.lora import dora, dora_by_input
 from helpers.lora.layer import LoRALayer
 
 
@@ -23,7 +23,8 @@ from helpers.lora.layer import LoRALayer
 class LoRAWeights:
     """One layer's low-rank update: A [rank, in, ...] and B [out, rank, ...], float32; B A counts `scaling` times.
 
-    magnitude: DoRA's, [out] or [1, out, 1, 1], or None for plain LoRA.
+    magnitude: DoRA's, [out] or [1, out, 1, 1], or None for plain LoRA. by_input: it is one of `dora_by_input`, [in] or
+    [1, in, 1, 1].
     """
 
     A: Tensor
@@ -31,6 +32,7 @@ class LoRAWeights:
     alpha: float
     use_rslora: bool = False
     magnitude: Tensor | None = None
+    by_input: bool = False
 
     @property
     def rank(self) -> int:
@@ -64,7 +66,8 @@ def weights_of(model: nn.Module) -> dict[str, LoRAWeights]:
     for name, layer in lora.lora_layers(model).items():
         tensors = {part: p.detach().float().cpu().clone() for part, p in layer.parameters_by_name().items()}
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
-        found[name] = LoRAWeights(A, B, layer.alpha, layer.use_rslora, tensors.get("lora_magnitude_vector"))
+        by_input = isinstance(layer, dora_by_input.DoRAByInput)
+        found[name] = LoRAWeights(A, B, layer.alpha, layer.use_rslora, tensors.get("lora_magnitude_vector"), by_input)
     return found
 
 
@@ -91,14 +94,16 @@ def wrap_like(model: nn.Module, name: str, weights: LoRAWeights, dropout: float)
     """Wrap one module in a layer of the adapter's rank, alpha and kind."""
     rank, alpha, use_rslora = weights.rank, weights.alpha, weights.use_rslora
     if weights.magnitude is not None:
-        return lora.wrap(model, name, rank, alpha, kinds=dora.KINDS, use_rslora=use_rslora)
+        kinds = dora_by_input.KINDS if weights.by_input else dora.KINDS
+        return lora.wrap(model, name, rank, alpha, kinds=kinds, use_rslora=use_rslora)
     return lora.wrap(model, name, rank, alpha, dropout=dropout, use_rslora=use_rslora)
 
 
-def shapes_for(weight: Tensor, rank: int) -> dict[str, list[int]]:
+def shapes_for(weight: Tensor, rank: int, by_input: bool = False) -> dict[str, list[int]]:
     """The shapes, by name, that an adapter's tensors have beside a weight [out, in] or [out, in, k, k]."""
     ones = [1] * (weight.ndim - 2)
-    magnitude = [weight.shape[0]] if not ones else [1, weight.shape[0], *ones]
+    size = weight.shape[1 if by_input else 0]
+    magnitude = [size] if not ones else [1, size, *ones]
     return {
         "lora_A.weight": [rank, *weight.shape[1:]],
         "lora_B.weight": [weight.shape[0], rank, *ones],
@@ -110,7 +115,7 @@ def check_fit(weights: LoRAWeights, module: nn.Module | None, keys: Mapping[str,
     """Raise ValueError, naming one of the keys, unless LoRA can adapt the module and the weights have its shapes."""
     if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) != 1:
         raise ValueError(f"unexpected key {keys['lora_A.weight']!r}; the model has no such linear or convolution layer")
-    shapes = shapes_for(module.weight, weights.rank)
+    shapes = shapes_for(module.weight, weights.rank, weights.by_input)
     for part, tensor in weights.tensors().items():
         if list(tensor.shape) != shapes[part]:
             raise ValueError(f"{keys[part]!r} has shape {list(tensor.shape)}, this model needs {shapes[part]}")

@@ -81,7 +81,7 @@ class DatasetSpec:
     image_column, text_column: where pictures and captions are. In a metadata file the pictures' column is "file_name"
     unless image_column is another name than "image"; .txt captions need no columns.
     revision: of a hub dataset, a commit, tag or branch; None means what is there at the first download, which is then
-    kept (see `helpers.base.hub`). licence, download_gb: of a hub dataset, what its page says and its size.
+    kept (see `helpers.base.hub`). licence, download_gb: what its source says, and of a hub dataset its size.
     `train_rows` rows train; `held_out_rows` others only ever measure. 0 held-out rows means none. split: "first" trains
     on the first rows and measures on those after them; "alternate" trains on rows 0, 2, 4 … and measures on some of the
     rows in between, spread evenly, so that neither has a part of the dataset that the other lacks.
@@ -100,20 +100,35 @@ class DatasetSpec:
 
 
 class Datasets(tuple):
-    """A tuple of `DatasetSpec` that can also be asked by name: `preset.datasets["doodles"]`."""
+    """A tuple of `DatasetSpec` that can also be asked by name: `preset.datasets["doodles"]`.
+
+    more: datasets that answer to their names too, and that the notebooks' loops over all datasets leave out.
+    """
+
+    more: tuple[DatasetSpec, ...]
+
+    def __new__(cls, specs=(), more=()):
+        made = super().__new__(cls, specs)
+        made.more = tuple(more)
+        return made
 
     def __getitem__(self, key):
         if not isinstance(key, str):
             return super().__getitem__(key)
-        for spec in self:
+        for spec in (*self, *self.more):
             if spec.name == key:
                 return spec
-        raise ValueError(f"unknown dataset {key!r}; known: {', '.join(self.names)}")
+        raise ValueError(f"unknown dataset {key!r}; known: {', '.join(self.known)}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The datasets' names, in order."""
+        """The datasets' names, in order, without those of `more`."""
         return tuple(spec.name for spec in self)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All names that it answers to."""
+        return tuple(spec.name for spec in (*self, *self.more))
 
 
 @dataclass(frozen=True)

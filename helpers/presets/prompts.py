@@ -22,6 +22,12 @@ MINI_VALIDATION: dict[str, tuple[str, ...]] = {
         "a brown dog with a black top hat, on a yellow background, vintage style",
         "a skeleton with a red cowboy hat and sunglasses, on a blue background, vintage style",
     ),
+    "lorelei": (
+        "an ink drawing of a smiling person with long black hair and glasses, on a pink background",
+        "an ink drawing of a person with short black hair and a beard, on a yellow background",
+        "an ink drawing of a woman with red hair and sunglasses, on a blue background",
+        "an ink drawing of a black cat with a yellow crown, on a green background",
+    ),
 }
 MINI_FIGURES = {
     "fig03": (

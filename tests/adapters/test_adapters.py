@@ -93,7 +93,7 @@ def test_round_trip(tmp_path, options):
     assert list(own) == list(loaded) and all(torch.equal(own[key], loaded[key]) for key in own)
     expected = {"rank": 4, "alpha": 6.0, "use_rslora": False, "dropout": 0.0} | options
     expected |= {"targets": sorted(ATTENTION + CONVOLUTIONS), "metadata": {"seed": 3, "dataset": "doodles"}}
-    expected |= {"layout": "diffusers"}
+    expected |= {"layout": "diffusers", "notes": ()}
     assert found == expected
     trainable = {id(p) for p in other.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in lora.lora_parameters(other)}
@@ -278,7 +278,7 @@ def write_as(layout, folder, unet=None, text_encoder=None, config=None):
     return folder
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in layouts.LAYOUTS if name != "ldm"])  # see test_foreign_files.py
 def test_every_layout_loads_to_the_same_outputs(tmp_path, layout):
     unet, encoder = adapted(alpha=4.0), adapted_text_encoder()
     if layout in ("peft", "old"):  # their files do not say alpha; the rank stands for it
@@ -414,7 +414,7 @@ FAULTS = {
     "A without rows": (put(A, torch.ones(0, 16)), f"'{A}' has shape .0, 16."),
     "A without dimensions": (put(A, torch.tensor(1.0)), f"'{A}' has shape .., and needs 2 or 4 dimensions"),
     "NaN": (put(B, torch.full((16, 4), torch.nan)), f"'{B}' holds values that are not finite"),
-    "integers": (put(B, torch.ones(16, 4, dtype=torch.int64)), f"'{B}' holds values that are not finite floating"),
+    "integers": (put(B, torch.ones(16, 4, dtype=torch.int64)), f"'{B}' is stored as int64"),
     "no tensors": (lambda tensors, config: tensors.clear(), "holds no tensors"),
     "DoRA without magnitudes": (
         setting("unet.use_dora", True),

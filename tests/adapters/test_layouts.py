@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -24,7 +25,8 @@ PARTS = {
     "diffusers": layouts.PARTS,
     "peft": layouts.PARTS,
     "old": ("lora_A.weight", "lora_B.weight"),
-    "kohya": ("lora_A.weight", "lora_B.weight", "alpha"),
+    "kohya": tuple(layouts.KOHYA_PARTS),
+    "ldm": tuple(layouts.KOHYA_PARTS),
 }
 OPTIONS = {
     "1.5": {"cross_attention_dim": 768},
@@ -82,6 +84,8 @@ READ = [
     ("diffusers", f"unet.{MID}.to_q.lora_magnitude_vector", f"unet.{MID}.to_q", "lora_magnitude_vector"),
     ("diffusers", f"text_encoder.text_model.{MLP}.lora_B.weight", f"text_encoder.{MLP}", B),
     ("diffusers", f"text_encoder.{MLP}.lora_B.weight", f"text_encoder.{MLP}", B),
+    ("diffusers", f"unet.{MID}.to_q.lora_A.default.weight", f"unet.{MID}.to_q", A),
+    ("diffusers", f"unet.{MID}.to_q.lora_magnitude_vector.default.weight", f"unet.{MID}.to_q", "lora_magnitude_vector"),
     ("peft", f"base_model.model.{MID}.to_q.lora_A.weight", f"unet.{MID}.to_q", A),
     ("peft", f"base_model.model.text_model.{MLP}.lora_A.weight", f"text_encoder.{MLP}", A),
     ("peft", f"base_model.model.{MLP}.lora_A.weight", f"text_encoder.{MLP}", A),
@@ -95,6 +99,13 @@ READ = [
     ("kohya", "lora_unet_time_embedding_linear_1.alpha", "unet.time_embedding.linear_1", "alpha"),
     ("kohya", "lora_te_text_model_encoder_layers_3_mlp_fc1.lora_up.weight", f"text_encoder.{MLP}", B),
     ("kohya", "lora_te_encoder_layers_3_self_attn_q_proj.alpha", f"text_encoder.{ATTENTION}.q_proj", "alpha"),
+    ("kohya", "lora_unet_conv_in.lora_mid.weight", "unet.conv_in", "lora_mid.weight"),
+    ("kohya", "lora_unet_conv_in.dora_scale", "unet.conv_in", "lora_magnitude_vector"),
+    ("ldm", "diffusion_model.input_blocks.3.0.op.lora_up.weight", "unet.down_blocks.0.downsamplers.0.conv", B),
+    ("ldm", "unet.output_blocks.2.2.conv.alpha", "unet.up_blocks.0.upsamplers.0.conv", "alpha"),  # OneTrainer's
+    ("ldm", "unet.output_blocks.2.1.conv.alpha", "unet.up_blocks.0.upsamplers.0.conv", "alpha"),
+    ("ldm", f"clip_l.text_model.{MLP}.lora_up.weight", f"text_encoder.{MLP}", B),
+    ("ldm", f"text_encoders.clip_h.transformer.text_model.{MLP}.lora_down.weight", f"text_encoder.{MLP}", A),
     ("old", f"unet.{MID}.to_q.lora.down.weight", f"unet.{MID}.to_q", A),
     ("old", f"unet.{MID}.processor.to_out_lora.up.weight", f"unet.{MID}.to_out.0", B),
     ("old", f"{MID}.processor.to_v_lora.down.weight", f"unet.{MID}.to_v", A),
@@ -116,21 +127,23 @@ def test_names_found_in_files(layout, key, layer, part):
 
 
 FOREIGN = [
+    "diffusion_model.input_blocks.0.1.proj_in.lora_down.weight",
+    "diffusion_model.double_blocks.0.img_attn.proj.lora_up.weight",
+    "unet.middle_block.3.proj_in.lora_down.weight",
     "",
     "weight",
     f"{MID}.to_q.weight",
     f"unet.{MID}.to_q.lora_A",
     f"unet.{MID}.to_q.lora_C.weight",
-    f"unet.{MID}.to_q.lora_A.default.weight",
     "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
     "transformer.single_blocks.0.attn.to_q.lora_A.weight",
     "lora_unet_input_blocks_1_1_proj_in.lora_down.weight",
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
     "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha",
     "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a",
-    "lora_unet_mid_block_attentions_0_proj_in.dora_scale",
-    "lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight",
     "lora_transformer_single_blocks_0_linear1.lora_down.weight",
+    "lora_unet_conv_in.lora_down&weight",
+    "diffusion_model.out.2.lora_up&weight",
     f"unet.{MID}.processor.to_x_lora.down.weight",
     f"unet.{MID}.to_q.lora.middle.weight",
 ]
@@ -140,6 +153,25 @@ FOREIGN = [
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_foreign_keys_are_not_read(layout, key):
     assert layouts.READERS[layout](key) is None
+
+
+@pytest.mark.parametrize("model", ["1.5", "2.1"])
+def test_the_first_names_of_the_unet_are_those_that_diffusers_converts(model):
+    """diffusers turns a checkpoint with the first names into its own: each number must end up at the name we say."""
+    names = names_of(model)
+    checkpoint = {f"model.diffusion_model.{layouts.to_ldm(n)}.weight": torch.tensor(i) for i, n in enumerate(names)}
+    with torch.device("meta"):
+        config = dict(UNet2DConditionModel(**OPTIONS[model]).config)
+    checkpoint |= dict.fromkeys(fixed_names(checkpoint), torch.tensor(-1))
+    converted = convert_ldm_unet_checkpoint(checkpoint, config)
+    found = {name.removesuffix(".weight"): int(value) for name, value in converted.items() if int(value) >= 0}
+    assert found == {name: i for i, name in enumerate(names)}
+
+
+def fixed_names(checkpoint):
+    """The keys that diffusers' conversion reads whatever the model: norms of the end, and biases beside weights."""
+    norm = ["model.diffusion_model.out.0.weight", "model.diffusion_model.out.0.bias"]
+    return norm + [key.replace(".weight", ".bias") for key in checkpoint]
 
 
 def test_an_unknown_word_before_lora_is_not_dropped():
@@ -196,10 +228,11 @@ def test_any_adapter_goes_through_diffusers_layout_unchanged(tmp_path_factory, l
 @given(
     layers=st.dictionaries(LAYERS, st.tuples(*SIZES, ALPHAS, st.booleans()), min_size=1, max_size=6),
     seed=st.integers(0, 99),
+    dora=st.booleans(),
 )
 @PROPERTY
-def test_any_adapter_goes_through_kohyas_layout_up_to_a_float32_alpha(tmp_path_factory, layers, seed):
-    adapter = random_adapter(layers, seed)
+def test_any_adapter_goes_through_kohyas_layout_up_to_a_float32_alpha(tmp_path_factory, layers, seed, dora):
+    adapter = random_adapter(layers, seed, dora)
     found = read_adapter(write_adapter(tmp_path_factory.mktemp("file"), adapter, "kohya"))
     assert_same(adapter, found)
     assert found.layout == "kohya"

@@ -107,8 +107,8 @@ class File:
         return folder / name
 
 
-def valid(layout, dora=False):
-    """A file of an adapter of random numbers, for a U-Net and a text encoder."""
+def valid(layout, dora=False, middle=False):
+    """A file of an adapter of random numbers, for a U-Net and a text encoder. middle: a convolution in three parts."""
     torch.manual_seed(5)
     shapes = {"unet.conv_in": (3, 4, 3), "unet.attn1.to_q": (4, 6, None), "unet.attn1.to_out.0": (6, 4, None)}
     shapes[f"text_encoder.{TEXT_LAYER}"] = (3, 5, None)
@@ -116,10 +116,13 @@ def valid(layout, dora=False):
     file = File(layout, {}, {"format": "pt"}, config | {"lora_dropout": 0.0, "target_modules": TARGETS})
     for layer, (inputs, outputs, kernel) in shapes.items():
         size, ones = ([kernel, kernel], [1, 1]) if kernel else ([], [])
-        file.tensors[file.key(layer, "lora_A.weight")] = torch.randn(RANK, inputs, *size)
+        file.tensors[file.key(layer, "lora_A.weight")] = torch.randn(RANK, inputs, *(ones if middle else size))
+        if middle and kernel:
+            file.tensors[file.key(layer, "lora_mid.weight")] = torch.randn(RANK, RANK, *size)
         file.tensors[file.key(layer, "lora_B.weight")] = torch.randn(outputs, RANK, *ones)
         if dora:
-            magnitude = torch.rand([1, outputs, 1, 1] if kernel else [outputs])
+            column = [outputs, 1, *ones]
+            magnitude = torch.rand(column if layout == "kohya" else [1, outputs, 1, 1] if kernel else [outputs])
             file.tensors[file.key(layer, "lora_magnitude_vector")] = magnitude
         if layout == "kohya":
             file.tensors[file.key(layer, "alpha")] = torch.tensor(3.0)
@@ -143,12 +146,20 @@ def refusal(path, models=None, named=None):
 
 
 @pytest.mark.parametrize(
-    "layout, dora", [*((layout, False) for layout in LAYOUTS), ("diffusers", True), ("peft", True)]
+    "layout, dora, middle",
+    [
+        *((layout, False, False) for layout in LAYOUTS),
+        ("diffusers", True, False),
+        ("peft", True, False),
+        ("kohya", True, False),
+        ("kohya", False, True),
+        ("kohya", True, True),
+    ],
 )
-def test_the_undamaged_file_loads(tmp_path, layout, dora):
+def test_the_undamaged_file_loads(tmp_path, layout, dora, middle):
     models = Unet(), TextEncoder()
     before = [model() for model in models]
-    found = load_adapter(valid(layout, dora).write(tmp_path), *models)
+    found = load_adapter(valid(layout, dora, middle).write(tmp_path), *models)
     assert found["layout"] == layout and len(lora.lora_layers(models[0])) == 3 and len(lora.lora_layers(models[1])) == 1
     assert not any(torch.allclose(model(), was, atol=1e-3) for model, was in zip(models, before, strict=True))
 
@@ -339,11 +350,24 @@ def test_an_alpha_without_a_layer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t * torch.nan, lambda t: t[None], lambda t: t.long()])
-@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+@pytest.mark.parametrize("layout", ["diffusers", "peft", "kohya"])
 def test_a_magnitude_of_dora_that_does_not_fit_is_refused(tmp_path, layout, change):
     file = valid(layout, dora=True)
     key = edit(file, "lora_magnitude_vector", change)
     assert f"'{key}'" in refusal(file.write(tmp_path))
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t[0], lambda t: t * torch.inf, lambda t: t[:, :, 0, 0]])
+def test_a_middle_that_does_not_fit_is_refused(tmp_path, change):
+    file = valid("kohya", middle=True)
+    key = file.key("unet.conv_in", "lora_mid.weight")
+    file.tensors[key] = change(file.tensors[key])
+    assert f"'{key}'" in refusal(file.write(tmp_path))
+
+
+def test_a_middle_without_its_ends_is_refused(tmp_path):
+    file = valid("kohya", middle=True)
+    assert f"'{drop(file, 'lora_A.weight')}'" in refusal(file.write(tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "peft"])
@@ -529,7 +553,9 @@ def change_tensor(rng, file):
         numbers = file.tensors[key].view(-1)
         numbers[rng.randrange(len(numbers))] = rng.choice([torch.nan, torch.inf, 0.0, -1e30, 1e-40, 7.0])
     elif kind == "dtype":
-        file.tensors[key] = tensor.to(rng.choice([torch.float16, torch.bfloat16, torch.float64, torch.int32]))
+        file.tensors[key] = tensor.to(
+            rng.choice([torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.float8_e5m2])
+        )
     elif kind == "transpose":
         file.tensors[key] = tensor.mT if tensor.ndim > 1 else tensor
     elif kind == "slice":
@@ -571,10 +597,10 @@ def mutant(rng, file):
     return file, data
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "diffusers, DoRA"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "diffusers, DoRA", "kohya, DoRA", "kohya, in three parts"])
 def test_a_file_changed_at_random_loads_or_is_refused(tmp_path, layout):
     rng = random.Random(f"mutations of {layout}")
-    original = valid(layout.split(",")[0], dora="DoRA" in layout)
+    original = valid(layout.split(",")[0], "DoRA" in layout, "three" in layout)
     models = Unet(), TextEncoder()
     before = state_of(models)
     loaded = 0

@@ -253,21 +253,31 @@ def test_the_card_of_a_local_base_names_no_hub_model(tmp_path):
 
 
 def test_the_readme_s_commands_train_on_own_pictures_and_draw_with_the_adapter(tmp_path, monkeypatch, capsys):
-    """The two commands as README.md prints them, with fewer steps, where the folder of pictures lies."""
+    """The commands as README.md prints them, with fewer steps, where the folder of pictures lies."""
     lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
-    train, sample = (next(line for line in lines if line.startswith(f"course {name} ")) for name in ("train", "sample"))
-    assert "--data my_pictures" in train and "--adapter my_pictures" in sample
+    names = ("look", "train", "sample")
+    look, train, sample = (next(line for line in lines if line.startswith(f"course {name} ")) for name in names)
+    assert "--data my_pictures" in look and "--data my_pictures" in train and "--adapter my_pictures" in sample
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
     (tmp_path / "my_pictures").mkdir()
     for number in range(4):
         Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(tmp_path / "my_pictures" / f"{number}.png")
         (tmp_path / "my_pictures" / f"{number}.txt").write_text(f"a portrait of a cat, number {number}, in my style")
+    assert cli.main(shlex.split(look)[1:]) == 0
     assert cli.main([word if word != "500" else "2" for word in shlex.split(train)[1:]]) == 0
+    said = capsys.readouterr().out
+    assert said.count("my_pictures: 4 pictures") >= 2 and "contact sheet: " in said
     run = newest_run(get_preset("mini"), "my_pictures")
     assert run is not None and run.config["train"]["steps"] == 2
     found = find_adapter(get_preset("mini"), "my_pictures")
     assert found == run.adapter == find_adapter(get_preset("mini"), "my_pictures/")
+    for name in ("evolution.png", "before_and_after.png"):
+        with Image.open(run.adapter.parent / name) as sheet:
+            assert sheet.size == (2 * run.config["resolution"], 4 * run.config["resolution"])
+    # the commands that it prints at its end
+    again = next(line for line in said.splitlines() if line.startswith("draw with it: course "))
+    assert cli.main([*shlex.split(again)[4:], "--output", "again.png", "--steps", "1"]) == 0
     assert cli.main([*shlex.split(sample)[1:], "--steps", "2", "--output", "cat.png"]) == 0
     assert (tmp_path / "cat.png").exists() and "there is no such" not in capsys.readouterr().err
 

@@ -187,8 +187,8 @@ def test_memory_of_child_processes_is_watched():
         (["run", "--set", "WRONG=1"], "no notebook has a parameter 'WRONG'; known: FROM_SCRATCH, PRESET"),
         (["run", "--set", "WRONG"], "NAME=VALUE"),
         (["figure", "12"], "no notebook draws a figure 12"),
-        (["train"], "--dataset doodles or vintage"),
-        (["train", "--dataset", "nope"], "unknown dataset 'nope'; known: doodles, vintage"),
+        (["train"], "--dataset doodles or vintage or lorelei"),
+        (["train", "--dataset", "nope"], "unknown dataset 'nope'; known: doodles, vintage, lorelei"),
         (["train", "--dataset", "doodles", "--set", "steps=many"], "steps is a whole number"),
         (["train", "--dataset", "doodles", "--set", "stepz=1"], "unknown setting 'stepz'"),
         (["train", "--data", "no/such/folder"], "no folder"),
@@ -353,7 +353,8 @@ def test_train_takes_a_folder(trained, pictures, capsys):
     spec = trained("--data", pictures, "--held-out", 1)["spec"]
     assert (spec.name, spec.source) == ("my_pictures", f"folder:{pictures}")
     assert (spec.train_rows, spec.held_out_rows, spec.image_column, spec.text_column) == (2, 1, "image", "text")
-    assert capsys.readouterr().out.startswith("trained now: ")
+    said = capsys.readouterr().out
+    assert said.startswith("my_pictures: 3 pictures\n") and "\ntrained now: " in said
 
 
 @pytest.mark.parametrize("option", ["--text-column", "--caption-column"])

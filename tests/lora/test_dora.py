@@ -9,7 +9,6 @@ from tiny import tiny_unet
 from torch import nn
 
 from helpers import lora
-from helpers.adapters.configuration import AdapterError
 from helpers.adapters.loading import load_adapter
 from helpers.adapters.writing import save_adapter
 from helpers.lora import dora
@@ -204,7 +203,11 @@ def test_round_trip_through_a_file(tmp_path, use_rslora):
         assert {key.rpartition(".lora_")[2] for key in file.keys()} == {"A.weight", "B.weight", "magnitude_vector"}
 
 
-def test_kohyas_layout_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(AdapterError, match="DoRA layer: .* use diffusers'"):
-        save_adapter(tmp_path / "new", adapted(), layout="kohya")
-    assert not (tmp_path / "new").exists()
+def test_kohyas_layout_keeps_the_magnitude_as_a_column(tmp_path):
+    unet, other = adapted(), tiny_unet()
+    path = save_adapter(tmp_path, unet, layout="kohya")
+    with safe_open(path, framework="pt") as file:
+        shapes = {tuple(file.get_tensor(key).shape) for key in file.keys() if key.endswith(".dora_scale")}
+    assert {shape[1:] for shape in shapes} == {(1,), (1, 1, 1)} and not any(shape[0] == 1 for shape in shapes)
+    load_adapter(path, other)
+    assert torch.equal(output(other.eval()), output(unet.eval()))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def third_party_imports() -> set[str]:
 
 # Imports of packages that a direct dependency is built on: torch, jupyterlab, papermill, datasets, accelerate, pytest.
 BROUGHT_ALONG = {"IPython", "huggingface_hub", "nbclient", "nbformat", "packaging", "psutil", "pyarrow", "yaml"}
-NAMES = {"PIL": "pillow"}
+NAMES = {"PIL": "pillow", "dicebear": "dicebear-core"}
 
 
 def test_everything_imported_is_declared():
@@ -191,6 +192,24 @@ def test_make_refuses_an_old_python(tmp_path):
 def test_the_licence_is_there():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     assert PROJECT["project"]["license"] == "MIT"
+
+
+def printed_commands() -> list[str]:
+    """Every command on a line of its own, or in the first cell of a table, of README.md and site/using.md."""
+    pages = ROOT / "README.md", ROOT / "site" / "using.md"
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return re.findall(r"^(?:    |\| `)course ([^\n`]+?)(?:\s+#.*|`.*)?$", text, re.MULTILINE)
+
+
+def test_the_commands_printed_are_understood():
+    """What they do is tested where they are: here, that nobody who copies one is told of a wrong option."""
+    from helpers.cli.parser import _parser
+
+    commands = printed_commands()
+    assert len(commands) >= 20 and any(command.startswith("look ") for command in commands)
+    for command in commands:
+        given = _parser().parse_args(shlex.split(command))
+        assert callable(given.command), command
 
 
 def test_readme_names_commands_that_exist():
