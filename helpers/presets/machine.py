@@ -1,4 +1,4 @@
-"""What this machine's GPU can do, and one sentence for what is wrong with it."""
+"""What this machine's GPU, or its CPU, can do, and one sentence for what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from helpers.presets.configuration import Preset
 from helpers.presets.variants import MEMORY, get_preset
 
 HIDDEN = "torch sees no NVIDIA GPU, though its driver is here: is CUDA_VISIBLE_DEVICES set to hide it?"
+
+APPLE = (
+    "on an Apple GPU Stable Diffusion computes in float32, from the memory that the whole machine shares; nobody has "
+    "measured yet how long it takes"
+)
+FALLBACK = "what PyTorch cannot compute on an Apple GPU yet, the CPU does with PYTORCH_ENABLE_MPS_FALLBACK=1"
 
 
 def has_nvidia_gpu() -> bool:
@@ -48,9 +54,12 @@ def gpu_problem() -> str | None:
 
 
 def notes_without_gpu(preset: Preset) -> list[str]:
-    """What to know before Stable Diffusion runs on a CPU, where it works and takes much patience; [] elsewhere."""
-    if not preset.on_hub or preset.trial or default_device() != "cpu":
+    """What to know before Stable Diffusion runs without an NVIDIA GPU, where it takes much patience; [] with one."""
+    device = default_device()
+    if not preset.on_hub or preset.trial or device == "cuda":
         return []
+    if device == "mps":
+        return [APPLE, FALLBACK]
     waits = f"without a GPU, {preset.title} takes minutes for a picture and days to train"
     return [waits, gpu_problem() or "`course doctor` says what suits this machine"]
 
@@ -89,10 +98,10 @@ def smaller(preset_name: str) -> str | None:
 
 
 def out_of_memory(preset_name: str) -> str:
-    """What to do when the GPU's memory did not suffice."""
-    others = "close other programs on the GPU (see `nvidia-smi`)"
+    """What to do when the memory of the GPU, or of a machine that computes without one, did not suffice."""
+    others = "close other programs (those on an NVIDIA GPU `nvidia-smi` lists)"
     if lower := next_lower(preset_name):
         others = f"take --preset {lower}, which trains on smaller parts of a batch; or {others}"
     elif small := smaller(preset_name):
         others = f"take --preset {small}, for smaller pictures; or {others}"
-    return f"the GPU's memory does not suffice: {others}; or take MiniSD, the preset 'mini'"
+    return f"the memory does not suffice: {others}; or take MiniSD, the preset 'mini'"

@@ -101,13 +101,38 @@ def test_training_tells_which_settings_take_less():
     assert isinstance(told.value.__cause__, torch.OutOfMemoryError)
 
 
+@pytest.mark.parametrize("message", [
+    "MPS backend out of memory (MPS allocated: 9.06 GB, other allocations: 10.1 MB, max allowed: 9.07 GB). Tried to …",
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate …",
+    "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+])  # fmt: skip
+def test_an_apple_gpu_and_a_cpu_raise_a_plain_error_when_memory_is_out(message, monkeypatch, capsys):
+    with pytest.raises(TrainingError, match="--preset sd21-base@"), memory_errors(get_preset("sd21-base")):
+        raise RuntimeError(message)
+
+    def run(given):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(cli, "sample_pictures", run)
+    assert cli.main(["sample", "--preset", "sd21-base", "--prompt", "a cat"]) == 1
+    assert "course: the memory does not suffice: take --preset" in capsys.readouterr().err
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes") as told, memory_errors(get_preset("sd21-base")):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert not isinstance(told.value, TrainingError)
+    with pytest.raises(TrainingError, match="written here"), memory_errors(get_preset("sd21-base")):
+        raise TrainingError("a sentence written here")
+
+
 def test_the_command_line_tells_it_too(monkeypatch, capsys):
     def run(given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(cli, "sample_pictures", run)
     assert cli.main(["sample", "--preset", "sd21-base@16gb", "--prompt", "a cat"]) == 1
-    assert "course: the GPU's memory does not suffice: take --preset sd21-base@12gb" in capsys.readouterr().err
+    assert "course: the memory does not suffice: take --preset sd21-base@12gb" in capsys.readouterr().err
 
 
 def test_stable_diffusion_on_a_cpu_is_announced(monkeypatch):
@@ -116,6 +141,10 @@ def test_stable_diffusion_on_a_cpu_is_announced(monkeypatch):
     assert machine.notes_without_gpu(get_preset("sd15@trial")) == machine.notes_without_gpu(get_preset("mini")) == []
     monkeypatch.setattr(machine, "default_device", lambda: "cuda")
     assert machine.notes_without_gpu(get_preset("sd15")) == []
+    monkeypatch.setattr(machine, "default_device", lambda: "mps")
+    shared, fallback = machine.notes_without_gpu(get_preset("sd15"))
+    assert "Apple GPU" in shared and "float32" in shared and "PYTORCH_ENABLE_MPS_FALLBACK=1" in fallback
+    assert machine.notes_without_gpu(get_preset("mini")) == []
 
 
 def test_a_notebook_that_runs_out_of_memory_tells_it_too(tmp_path):
