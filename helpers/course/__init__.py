@@ -3,6 +3,7 @@
 Notebooks import from here what draws and records; nothing that is taught.
 """
 
+from helpers.course.claims import claim
 from helpers.course.exercises import exercise
 from helpers.course.figures import (
     COLOURS,
@@ -28,6 +29,7 @@ __all__ = [
     "PART_COLOURS",
     "Results",
     "approx",
+    "claim",
     "curves",
     "diagram",
     "exercise",

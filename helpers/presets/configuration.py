@@ -123,7 +123,8 @@ class Preset:
     model: a folder in diffusers layout (relative to the repository, or absolute) when `revision` is None, else a
     repository of the Hugging Face hub at that revision; `mirrors` are (repository, revision) pairs, tried in order.
     dtype: of the U-Net's weights; "auto" is bfloat16 or float16 on a GPU, whichever it has, and float32 on a CPU.
-    trial: budgets so small that the pictures mean nothing.
+    trial: budgets so small that the pictures mean nothing. gates: what lessons claim of learning is tried at full
+    length nevertheless.
     validation_prompts: {dataset name: prompts}; figure_prompts: {figure name: prompts}.
     """
 
@@ -144,6 +145,7 @@ class Preset:
     control_prompts: int = 50  # for each control
     dtype: str = "float32"
     trial: bool = False
+    gates: bool = False
     licence: str = ""
     download_gb: float = 0.0  # of the model, as float32 safetensors
 

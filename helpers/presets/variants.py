@@ -20,7 +20,7 @@ PRECISION: dict[str, dict] = {
     "bf16": {"dtype": "bfloat16", "mixed_precision": "bf16"},
     "fp16": {"dtype": "float16", "mixed_precision": "fp16"},
 }
-VARIANTS = (*MEMORY, *PRECISION, "trial")
+VARIANTS = (*MEMORY, *PRECISION, "trial", "gates")
 
 
 def as_trial(preset: Preset) -> Preset:
@@ -55,14 +55,16 @@ def with_variant(preset: Preset, variant: str) -> Preset:
         raise ValueError(f"{variant!r} is for Stable Diffusion; MiniSD is small, and its trial is the preset 'smoke'")
     if variant == "trial":
         return as_trial(preset)
+    if variant == "gates":
+        return replace(preset, gates=True)
     if size:
         return replace(preset, resolution=size)
     return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
 
 
 def variant_kind(variant: str) -> str:
-    """What a variant chooses: "memory", "precision", "trial" or, as the sizes do, "size"."""
-    kinds = {"memory": MEMORY, "precision": PRECISION, "trial": ("trial",)}
+    """What a variant chooses: "memory", "precision", "trial", "gates" or, as the sizes do, "size"."""
+    kinds = {"memory": MEMORY, "precision": PRECISION, "trial": ("trial",), "gates": ("gates",)}
     return next((kind for kind, known in kinds.items() if variant in known), "size")
 
 

@@ -192,7 +192,7 @@ def test_a_trial_is_the_same_in_two_steps():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, .*trial, and sizes"),
+        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, .*trial, gates, and sizes"),
         ("sd21-base@100px", "unknown variant '100px'"),
         ("sd21-base@px", "unknown variant 'px'"),
         ("sd21-base@8gb@24gb", "the variants 8gb and 24gb of 'sd21-base@8gb@24gb' contradict each other"),
