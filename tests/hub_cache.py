@@ -22,7 +22,7 @@ from helpers.presets.catalogue import CLIP, MINISD, PRESETS
 from helpers.presets.sd_configs import CONFIGS, build_part
 
 RESOLUTION = {"sd21-base": 512, "sd21": 768, "sd15": 512}
-DATA_COMMIT = {"doodles": "d" * 40, "vintage": "e" * 40}
+DATA_COMMIT = {spec.name: spec.revision or "e" * 40 for spec in PRESETS["sd21-base"].datasets}
 ROWS = {"doodles": 40, "vintage": 40}
 
 

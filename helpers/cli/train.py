@@ -64,16 +64,23 @@ def train_adapter(given: argparse.Namespace) -> int:
         raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or pictures: --data WHERE")
     else:
         name = preset.datasets[given.dataset].name
+    from helpers.data.loading import load_pictures, shape_sentence
     from helpers.presets.machine import notes_without_gpu
     from helpers.training.loop import train
+
+    first = os.environ.get("RANK", "0") == "0"  # torchrun started several of us, and one tells what is done
+    if first and not preset.datasets[name].source.startswith("drawn:"):
+        print(f"{name}: {shape_sentence(load_pictures(preset.datasets[name], 'train', preset.resolution))}")
 
     for note in notes_without_gpu(preset):
         print(f"note: {note}")
     run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
-    if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one tells what was done
+    if not first:
         return 0
     print(f"{run.source}: {short(run.dir)}/")
     print(f"adapter: {short(run.adapter)}")
+    if skipped := run.done.get("skipped_steps"):
+        print(f"skipped: {skipped} of {run.done['steps']} steps, whose gradients overflowed in fp16")
     if given.export_reference and run.source != "reference":
         from helpers.training.runs import export_reference
 

@@ -1,8 +1,8 @@
 """What a lesson claims of the model that it runs on.
 
 On MiniSD, which comes with the course, a claim that does not hold is a fault, and stops the notebook. On another model
-nobody has tried it before, and the hours of its training are paid for: there the lesson records what it measured, warns,
-and goes on.
+nobody has tried it before, and the hours of its training are paid for: there the lesson records what it measured,
+warns, and goes on.
 """
 
 from __future__ import annotations

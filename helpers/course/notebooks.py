@@ -159,7 +159,11 @@ def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[s
     except (CellTimeoutError, DeadKernelError) as error:
         if temporary.exists():
             os.replace(temporary, failed)
-        took = f"a cell ran longer than {timeout} s" if isinstance(error, CellTimeoutError) else "its kernel died"
+        took = f"a cell ran longer than {timeout} s"
+        if isinstance(error, DeadKernelError):  # nobody says why; a system that has no memory left ends the largest
+            from helpers.presets.machine import out_of_memory
+
+            took = f"its kernel died; if that was for want of memory: {out_of_memory(given.get('PRESET', 'mini'))}"
         raise CourseError(f"{path.name} failed: {took} (kept as {short(failed)})") from None
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ batch, and the first of them writes. Nothing here knows how many there are but `
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import warnings
@@ -104,7 +105,9 @@ class Loop:
         """Draw step `step`, train on it, and return its line of metrics.jsonl."""
         draw = draw_step(self.config, self.cache, step, len(self.components.noise_scheduler.alphas_cumprod))
         metrics = training_step(self.components, optimizer, draw, self.config, step, self.accelerator)
-        return {"step": step, "epoch": step // self.epoch_steps, **metrics}
+        line = {"step": step, "epoch": step // self.epoch_steps, **metrics}
+        # fp16: the gradient overflowed, so the scaler took no step; JSON has no infinity
+        return line if math.isfinite(metrics["grad_norm"]) else line | {"grad_norm": None, "skipped": True}
 
 
 # --- validation --------------------------------------------------------------------------------------------------
@@ -193,7 +196,8 @@ def finish(loop: Loop, seconds: float) -> None:
     hashes = dict(run.config["hashes"], adapter=provenance.tensor_hash(load_file(run.adapter)))
     if loop.prompts:
         hashes["initial_latents"] = provenance.tensor_hash({"latents": run.initial_latents()})
-    losses = [line["loss"] for line in run.metrics()]
+    lines = run.metrics()
+    losses = [line["loss"] for line in lines]
     recent = losses[-min(100, len(losses)) :]
     done = {
         "preset": run.preset,
@@ -201,6 +205,7 @@ def finish(loop: Loop, seconds: float) -> None:
         "key": run.key,
         "model": loop.components.title,
         "steps": loop.config.steps,
+        "skipped_steps": sum("skipped" in line for line in lines),
         "pictures": loop.counts,
         "lora_parameters": sum(p.numel() for part in parts.values() for p in lora.lora_parameters(part)),
         "losses": {"first": losses[0], "last": losses[-1], "mean_of_last_100": sum(recent) / len(recent)},

@@ -21,7 +21,7 @@ from PIL import Image
 from helpers.base import hub
 from helpers.base.errors import DataError
 from helpers.data import loading as data
-from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture
+from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture, shape_sentence
 from helpers.diffusion.pictures import to_tensor
 from helpers.presets.configuration import DatasetSpec
 from helpers.presets.variants import get_preset
@@ -667,3 +667,20 @@ def test_a_caption_is_cut_when_tokenize_would_cut_it(tiny):
 def test_the_sentence_about_captions(numbers, sentence):
     names = ("pictures", "different_captions", "empty_captions", "cut_captions")
     assert caption_sentence(dict(zip(names, numbers, strict=True))) == sentence
+
+
+def test_shapes_are_counted_and_what_the_crop_cuts_off(tmp_path):
+    for number, size in enumerate([(40, 80), (100, 80), (64, 64), (64, 62)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    turned = Image.new("RGB", (100, 50))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # by a quarter: it is shown tall
+    turned.save(tmp_path / "4.jpg", exif=exif)
+    (tmp_path / "4.txt").write_text("a picture")
+    said = shape_sentence(load_pictures(spec_of(tmp_path)))
+    # 1/2 + 1/5 + 0 + 1/32 + 1/2 of five pictures
+    assert said == "2 tall, 1 wide, 2 square; the square crop cuts off 25% of their area on average, 50% at most"
+    assert shape_sentence(load_pictures(DatasetSpec("d", "drawn:doodles"), size=64).select(range(3))) == (
+        "0 tall, 0 wide, 3 square"
+    )
