@@ -6,15 +6,8 @@ from dataclasses import fields, replace
 
 from helpers.presets.catalogue import PRESETS
 from helpers.presets.configuration import Datasets, Preset, TrainConfig
+from helpers.presets.memory import MEMORY, fitted
 
-# What a GPU of so much memory takes: every batch of 8 in parts, and activations computed twice where memory is short.
-# How much each takes is measured by `python -m benchmarks.gpu` (Stable Diffusion 2.1-base at 512 pixels).
-MEMORY: dict[str, dict] = {
-    "24gb": {"gradient_accumulation_steps": 2},
-    "16gb": {"gradient_accumulation_steps": 4},
-    "12gb": {"gradient_accumulation_steps": 8},
-    "8gb": {"gradient_accumulation_steps": 8, "gradient_checkpointing": True},
-}
 PRECISION: dict[str, dict] = {
     "fp32": {"dtype": "float32", "mixed_precision": "no"},
     "bf16": {"dtype": "bfloat16", "mixed_precision": "bf16"},
@@ -59,7 +52,7 @@ def with_variant(preset: Preset, variant: str) -> Preset:
         return replace(preset, gates=True)
     if size:
         return replace(preset, resolution=size)
-    return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
+    return fitted(preset, MEMORY[variant]) if variant in MEMORY else replaced(preset, PRECISION[variant])
 
 
 def variant_kind(variant: str) -> str:
@@ -93,6 +86,8 @@ def get_preset(name: str, **overrides) -> Preset:
     if twice := [variant for variant, kind in zip(variants, kinds, strict=True) if kinds.count(kind) > 1]:
         raise ValueError(f"the variants {' and '.join(twice)} of {name!r} contradict each other: take one of them")
     preset = PRESETS[base]
-    for variant in sorted(variants, key="trial".__eq__):  # a trial makes small what the others say
+    # What fits depends on size and precision; a trial makes small what the others say
+    order = ("size", "precision", "memory", "gates", "trial")
+    for variant in sorted(variants, key=lambda variant: order.index(variant_kind(variant))):
         preset = with_variant(preset, variant)
     return replaced(replace(preset, name=name), overrides)
