@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from helpers.presets.configuration import DatasetSpec, Preset, TrainConfig
 from helpers.presets.variants import get_preset
 
 # Options: those that go with --data, and those that are settings of a `TrainConfig`.
-OF_DATA = ("image_column", "text_column", "revision", "held_out")
+OF_DATA = ("image_column", "text_column", "caption", "revision", "held_out")
 SETTINGS = ("rank", "alpha", "steps", "batch_size", "learning_rate", "seed")
 
 
@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="of --data, the column of pictures (default: image)")
     text = "of --data, the column of captions (default: text)"
     parser.add_argument("--text-column", "--caption-column", metavar="NAME", help=text)
+    parser.add_argument("--caption", metavar="TEXT", help="of --data, the caption of every picture without one")
     text = "of a hub dataset, the commit, tag or branch (default: what its first download finds)"
     parser.add_argument("--revision", help=text)
     parser.add_argument("--held-out", type=int, metavar="N", help="of --data, keep the last N to measure with (0)")
@@ -124,7 +125,8 @@ def source_of(given: argparse.Namespace) -> DatasetSpec:
     if not re.fullmatch(r"\w[\w .-]*", name):
         raise ValueError(f"--dataset {name!r} must be letters, digits, dots, hyphens or underscores: it names a folder")
     image, text = given.image_column or "image", given.text_column or "text"
-    return DatasetSpec(name, source, image, text, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
+    spec = DatasetSpec(name, source, image, text, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
+    return replace(spec, caption=(given.caption or "").strip())
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def from_folder(place: str, spec: DatasetSpec) -> Dataset:
     tables = [] if metadata else parquet_files(folder)
     if tables:
         return read_parquet(tables, spec)
-    pairs = pairs_from_metadata(metadata[0], spec) if metadata else pairs_from_text_files(folder)
+    pairs = pairs_from_metadata(metadata[0], spec) if metadata else pairs_from_text_files(folder, spec.caption)
     columns = {spec.image_column: [str(path) for path, _ in pairs], spec.text_column: [text for _, text in pairs]}
     return Dataset.from_dict(columns)
 
@@ -126,20 +126,25 @@ def as_caption(value: Any, row: int, column: str, where: str) -> str:
 
 
 # --- text files and parquet files --------------------------------------------------------------------------------
-def pairs_from_text_files(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) for each picture in the folder and those below it, in the order of their paths."""
+def pairs_from_text_files(folder: Path, caption: str = "") -> list[tuple[Path, str]]:
+    """(picture, caption) for each picture in the folder and those below it, in the order of their paths.
+
+    caption: of pictures without a .txt file; "" means that each must have one.
+    """
     pictures = [path for path in visible_paths(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
     if not pictures:
         raise DataError(f"there are no pictures in {folder}")
     for path in pictures:
         check_picture(path)
     bare = [path.name for path in pictures if not path.with_suffix(".txt").is_file()]
-    if bare:
+    if bare and not caption:
         raise DataError(
             f"{len(bare)} of {len(pictures)} pictures in {folder} have no caption, {bare[0]} for one: put a .txt file "
-            "of the same name beside each, or one metadata.csv with the columns file_name and text"
+            "of the same name beside each, or one metadata.csv with the columns file_name and text, or give all of "
+            'them one caption by --caption "…"'
         )
-    return [(path, read_text(path.with_suffix(".txt"))) for path in pictures]
+    texts = {path: path.with_suffix(".txt") for path in pictures}
+    return [(path, read_text(text) if text.is_file() else caption) for path, text in texts.items()]
 
 
 def read_text(path: Path) -> str:

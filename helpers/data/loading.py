@@ -90,7 +90,10 @@ def from_hub(repository: str, spec: DatasetSpec) -> Dataset:
 
 
 def with_standard_columns(dataset: Dataset, spec: DatasetSpec) -> Dataset:
-    """Only the picture and caption columns, named "image" and "text"; a caption that is missing or blank is ""."""
+    """Only the picture and caption columns, named "image" and "text".
+
+    A caption that is missing or blank is the dataset's own (`DatasetSpec.caption`), which is "" unless it is given.
+    """
     picture, text = spec.image_column, spec.text_column
     for column in (picture, text):
         if column not in dataset.column_names:
@@ -99,7 +102,7 @@ def with_standard_columns(dataset: Dataset, spec: DatasetSpec) -> Dataset:
         raise DataError(f"the column {text!r} of {spec.name} cannot hold both the pictures and the captions")
     dataset = dataset.select_columns([picture, text])
     found = dataset.with_format("arrow").select_columns([text])[:][text].to_pylist()  # as they are stored
-    captions = [as_caption(value, row, text, spec.name) for row, value in enumerate(found)]
+    captions = [as_caption(value, row, text, spec.name) or spec.caption for row, value in enumerate(found)]
     if captions != found:
         dataset = dataset.remove_columns(text).add_column(text, captions)
     names = {picture: "image", text: "text"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from helpers.presets.catalogue import PRESETS
-from helpers.presets.configuration import Datasets, Preset, TrainConfig
+from helpers.presets.configuration import ATTENTION, LINEAR, Datasets, Preset, TrainConfig
 from helpers.presets.memory import MEMORY, fitted
 
 PRECISION: dict[str, dict] = {
@@ -13,7 +13,20 @@ PRECISION: dict[str, dict] = {
     "bf16": {"dtype": "bfloat16", "mixed_precision": "bf16"},
     "fp16": {"dtype": "float16", "mixed_precision": "fp16"},
 }
-VARIANTS = (*MEMORY, *PRECISION, "trial", "gates")
+# The settings of two trainers that many people know, to compare with the homework's.
+TRAINERS: dict[str, dict] = {
+    # diffusers' train_text_to_image_lora.py as its documentation calls it: 15,000 steps of 4 pictures
+    "hf": {
+        **{"steps": 15_000, "batch_size": 4, "rank": 4, "alpha": 4.0, "targets": ATTENTION, "learning_rate": 1e-4},
+        **{"lr_schedule": "cosine", "caption_dropout": 0.0, "validation_steps": 1500, "checkpoint_every": 500},
+    },
+    # the defaults of kohya's train_network.py, with its example's rate: alpha 1, the text encoder's attention too
+    "kohya": {
+        **{"steps": 1600, "batch_size": 1, "rank": 4, "alpha": 1.0, "targets": LINEAR, "learning_rate": 1e-4},
+        **{"lr_schedule": "constant", "caption_dropout": 0.0, "train_text_encoder": True, "validation_steps": 400},
+    },
+}
+VARIANTS = (*MEMORY, *PRECISION, *TRAINERS, "trial", "gates")
 
 
 def as_trial(preset: Preset) -> Preset:
@@ -52,12 +65,12 @@ def with_variant(preset: Preset, variant: str) -> Preset:
         return replace(preset, gates=True)
     if size:
         return replace(preset, resolution=size)
-    return fitted(preset, MEMORY[variant]) if variant in MEMORY else replaced(preset, PRECISION[variant])
+    return fitted(preset, MEMORY[variant]) if variant in MEMORY else replaced(preset, (PRECISION | TRAINERS)[variant])
 
 
 def variant_kind(variant: str) -> str:
-    """What a variant chooses: "memory", "precision", "trial", "gates" or, as the sizes do, "size"."""
-    kinds = {"memory": MEMORY, "precision": PRECISION, "trial": ("trial",), "gates": ("gates",)}
+    """What a variant chooses: "memory", "precision", "trainer", "trial", "gates" or, as the sizes do, "size"."""
+    kinds = {"memory": MEMORY, "precision": PRECISION, "trainer": TRAINERS, "trial": ("trial",), "gates": ("gates",)}
     return next((kind for kind, known in kinds.items() if variant in known), "size")
 
 
@@ -87,7 +100,7 @@ def get_preset(name: str, **overrides) -> Preset:
         raise ValueError(f"the variants {' and '.join(twice)} of {name!r} contradict each other: take one of them")
     preset = PRESETS[base]
     # What fits depends on size and precision; a trial makes small what the others say
-    order = ("size", "precision", "memory", "gates", "trial")
+    order = ("size", "precision", "trainer", "memory", "gates", "trial")
     for variant in sorted(variants, key=lambda variant: order.index(variant_kind(variant))):
         preset = with_variant(preset, variant)
     return replaced(replace(preset, name=name), overrides)

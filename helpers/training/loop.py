@@ -41,6 +41,7 @@ from helpers.diffusion.pictures import to_pictures, to_pil
 from helpers.diffusion.sampling import sample
 from helpers.presets.configuration import Preset, TrainConfig
 from helpers.presets.variants import get_preset
+from helpers.training.average import averaged, update_average
 from helpers.training.checkpoints import keep_checkpoints, load_last_checkpoint, read_checkpoint, save_checkpoint
 from helpers.training.draws import draw_step, steps_per_epoch
 from helpers.training.guards import check_latents, check_model, check_same_data, disk_errors, locked, memory_errors
@@ -98,13 +99,15 @@ class Loop:
     @property
     def counts(self) -> dict[str, int]:
         """How many pictures and captions there are, and how many of them are empty or too long."""
-        captions = [self.cache.captions[i] for i in self.cache.caption_index.tolist()]
+        captions = [self.cache.captions[i] for i in self.cache.as_written.tolist()]
         return data.describe_captions(self.components, captions)
 
     def step(self, optimizer: torch.optim.Optimizer, step: int) -> dict:
         """Draw step `step`, train on it, and return its line of metrics.jsonl."""
         draw = draw_step(self.config, self.cache, step, len(self.components.noise_scheduler.alphas_cumprod))
         metrics = training_step(self.components, optimizer, draw, self.config, step, self.accelerator)
+        if self.config.ema_decay:
+            update_average(optimizer, self.config.ema_decay, step)
         line = {"step": step, "epoch": step // self.epoch_steps, **metrics}
         # fp16: the gradient overflowed, so the scaler took no step; JSON has no infinity
         return line if math.isfinite(metrics["grad_norm"]) else line | {"grad_norm": None, "skipped": True}
@@ -161,7 +164,7 @@ def train_loop(loop: Loop, optimizer: torch.optim.Optimizer, tracker: Tracker, p
         for step in range(state["step"], config.steps + 1):
             last, validated = step == config.steps, step in validations
             if loop.writes and validated and not (run.validation_dir(step) / "metrics.json").exists():
-                with loop.accelerator.autocast():
+                with loop.accelerator.autocast(), averaged(optimizer):
                     validate(loop, step, tracker)
             due = last or step % config.checkpoint_every == 0 or (validated and step == run.best_step())
             if loop.writes and due and step > state["step"]:
@@ -227,12 +230,12 @@ def load_caches(
     folder = runs_folder() / "cache"
     code = provenance.code_hash(*caches.CODE)
 
-    def key(split: str, rows: int) -> str:  # it changes with whatever the numbers depend on
+    def key(split: str, rows: int, orders: int = 1) -> str:  # it changes with whatever the numbers depend on
         parts = hashes["weights"], hashes["data"], code, preset.resolution, preset.dtype, spec.name
-        return digest([*parts, split, rows])
+        return digest([*parts, split, rows, orders])
 
-    train_set = data.load_pictures(spec, "train", preset.resolution)
-    cache = build_cache(components, train_set, folder, key("train", len(train_set)))
+    train_set, orders = data.load_pictures(spec, "train", preset.resolution), preset.train.caption_orders
+    cache = build_cache(components, train_set, folder, key("train", len(train_set), orders), orders)
     if not spec.held_out_rows or not wanted:
         return cache, None
     held_out = data.load_pictures(spec, "held_out", preset.resolution)
@@ -306,7 +309,8 @@ def train_and_file(loop: Loop, tracker: str | Sequence[str] | None, progress: bo
         with injected(loop.components, loop.config, loop.accelerator) as optimizer:
             seconds = train_loop(loop, optimizer, tracked, shown)
             if loop.writes:
-                finish(loop, seconds)
+                with averaged(optimizer):
+                    finish(loop, seconds)
             loop.accelerator.wait_for_everyone()
     finally:
         tracked.finish()

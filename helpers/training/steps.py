@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -123,15 +124,27 @@ def injected(components: Components, config: TrainConfig, accelerator: Accelerat
             unet.enable_gradient_checkpointing()
             undo.callback(unet.disable_gradient_checkpointing)
         check_trainable(components, config)
-        parameters = [p for part in parts.values() for p in lora.lora_parameters(part)]
         # One kernel for all matrices: they are many and small, so that a loop over them is mostly overhead
         fused = device.type in ("cpu", "cuda")
         undo.callback(accelerator.free_memory)
         yield accelerator.prepare_optimizer(
             torch.optim.AdamW(
-                parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=fused
+                parameter_groups(parts, config.lora_plus), config.learning_rate, config.betas,
+                weight_decay=config.weight_decay, fused=fused,
             )
-        )
+        )  # fmt: skip
+
+
+def parameter_groups(parts: dict[str, nn.Module], ratio: float) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """What the optimizer trains of the parts: all alike, or (ratio not 1) each B apart, ratio times as fast."""
+    parameters = [p for part in parts.values() for p in lora.lora_parameters(part)]
+    if ratio == 1:
+        return parameters
+    fast = {id(layer.lora_B.weight) for part in parts.values() for layer in lora.lora_layers(part).values()}
+    return [
+        {"params": [p for p in parameters if id(p) not in fast], "ratio": 1.0},
+        {"params": [p for p in parameters if id(p) in fast], "ratio": ratio},
+    ]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -220,7 +233,7 @@ def training_step(
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the one place where results are read back
     check_finite(loss, grad_norm, draw, step, accelerator)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = learning_rate(config, step) * group.get("ratio", 1.0)  # LoRA+ gives B a ratio
     optimizer.step()
     mean_timestep = draw.timesteps.float().mean().item()
     return {"loss": loss, "lr": learning_rate(config, step), "grad_norm": grad_norm, "mean_timestep": mean_timestep}

@@ -83,4 +83,4 @@ def caption_states(components: Components, cache: LatentCache) -> Tensor:
     embeddings = cache.caption_embeddings
     if components.text_encoder is not None and lora.lora_layers(components.text_encoder):
         embeddings = encode_tokens(components, cache.caption_ids).cpu()
-    return embeddings[cache.caption_index].float()
+    return embeddings[cache.as_written].float()

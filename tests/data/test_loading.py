@@ -21,6 +21,7 @@ from PIL import Image
 from helpers.base import hub
 from helpers.base.errors import DataError
 from helpers.data import loading as data
+from helpers.data.fingerprint import data_fingerprint
 from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture, shape_sentence
 from helpers.diffusion.pictures import to_tensor
 from helpers.presets.configuration import DatasetSpec
@@ -684,3 +685,20 @@ def test_shapes_are_counted_and_what_the_crop_cuts_off(tmp_path):
     assert shape_sentence(load_pictures(DatasetSpec("d", "drawn:doodles"), size=64).select(range(3))) == (
         "0 tall, 0 wide, 3 square"
     )
+
+
+def test_one_caption_for_pictures_without_one(tmp_path):
+    save_pictures(tmp_path)
+    with pytest.raises(DataError, match="--caption"):
+        load_pictures(spec_of(tmp_path))
+    (tmp_path / "1.txt").write_text("a cat")
+    (tmp_path / "2.txt").write_text("  ")
+    trigger = spec_of(tmp_path, caption="in sks style")
+    assert list(load_pictures(trigger)["text"]) == ["in sks style", "a cat", "in sks style"]
+    assert data_fingerprint(trigger, 64) != data_fingerprint(replace(trigger, caption="another"), 64)
+
+
+def test_one_caption_for_rows_without_one(tmp_path):
+    save_pictures(tmp_path, 2)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,\n1.png,a dog\n")
+    assert list(load_pictures(spec_of(tmp_path, caption="sks"))["text"]) == ["sks", "a dog"]

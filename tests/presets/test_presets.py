@@ -194,7 +194,10 @@ def test_a_trial_is_the_same_in_two_steps():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, .*trial, gates, and sizes"),
+        (
+            "sd21-base@10gb",
+            "unknown variant '10gb' of a preset; known: 24gb, .*hf, kohya, trial, gates, and sizes",
+        ),
         ("sd21-base@100px", "unknown variant '100px'"),
         ("sd21-base@px", "unknown variant 'px'"),
         ("sd21-base@8gb@24gb", "the variants 8gb and 24gb of 'sd21-base@8gb@24gb' contradict each other"),
@@ -208,3 +211,24 @@ def test_a_trial_is_the_same_in_two_steps():
 def test_variants_that_are_not_there_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         get_preset(name)
+
+
+@pytest.mark.parametrize(("trainer", "seen"), [("hf", 60_000), ("kohya", 1600)])
+def test_the_settings_of_other_trainers_by_name(trainer, seen):
+    plain, other = get_preset("sd15"), get_preset(f"sd15@{trainer}")
+    assert other.train.steps * other.train.batch_size == seen and other.train.rank == 4
+    assert dataclasses.replace(other, train=plain.train, name=plain.name) == plain, "only the training differs"
+    assert other.train.caption_dropout == 0.0 and other.train.alpha == {"hf": 4.0, "kohya": 1.0}[trainer]
+    assert get_preset(f"sd15@8gb@{trainer}").train == get_preset(f"sd15@{trainer}@8gb").train
+    with pytest.raises(ValueError, match="hf and kohya of .* contradict each other"):
+        get_preset("sd15@hf@kohya")
+    with pytest.raises(ValueError, match="is for Stable Diffusion"):
+        get_preset(f"mini@{trainer}")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lora_plus": 0.0}, {"ema_decay": 1.0}, {"noise_offset": -0.1}, {"caption_orders": 0}], ids=str
+)
+def test_more_settings_that_make_no_sense(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        get_preset("mini", **bad)
