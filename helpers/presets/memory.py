@@ -21,6 +21,7 @@ KEPT_SIDE = 512  # pixels on a side of the pictures that KEPT_GB is for
 KEPT_GB = {("half", False): 1.15, ("half", True): 0.13, ("full", False): 1.55, ("full", True): 0.22}
 MORE_TARGETS = 1.17  # times as much where all linear layers are adapted, not attention alone
 LARGEST_BLOCK = 0.3  # of what is kept without checkpointing: the block that checkpointing computes again at a time
+TEXT_ENCODER_GB = 0.2  # of a caption, where the text encoder trains too: 23 layers of 77 tokens; estimated, not counted
 MODEL_GB = {"half": 3.5, "full": 5.3}  # U-Net, and VAE and text encoder in float32, of version 2.1; 1.5 has 0.9 less
 FOR_A_MOMENT_GB = 2.0  # CUDA's own, the workspaces of convolutions, what lies between two blocks of memory
 MARGIN = 1.15  # times what is kept: gradients on their way back
@@ -31,9 +32,10 @@ def kept_gb(preset: Preset, precision: str) -> float:
     area = (preset.resolution / KEPT_SIDE) ** 2
     more = 1.0 if preset.train.targets == ATTENTION else MORE_TARGETS
     kept = {again: KEPT_GB[precision, again] * area * more for again in (False, True)}
+    text = TEXT_ENCODER_GB if preset.train.train_text_encoder else 0.0
     if not preset.train.gradient_checkpointing:
-        return kept[False]
-    return kept[True] + LARGEST_BLOCK * kept[False]
+        return kept[False] + text
+    return kept[True] + LARGEST_BLOCK * kept[False] + text
 
 
 def training_gib(preset: Preset, on_gpu: bool = True) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields, replace
 
 from helpers.presets.catalogue import PRESETS
@@ -70,7 +71,8 @@ def with_variant(preset: Preset, variant: str) -> Preset:
 
 def variant_kind(variant: str) -> str:
     """What a variant chooses: "memory", "precision", "trainer", "trial", "gates" or, as the sizes do, "size"."""
-    kinds = {"memory": MEMORY, "precision": PRECISION, "trainer": TRAINERS, "trial": ("trial",), "gates": ("gates",)}
+    kinds: dict[str, Collection[str]] = {"memory": MEMORY, "precision": PRECISION, "trainer": TRAINERS}
+    kinds |= {"trial": ("trial",), "gates": ("gates",)}
     return next((kind for kind, known in kinds.items() if variant in known), "size")
 
 

@@ -338,6 +338,8 @@ def test_the_download_sizes_that_are_told(model):
     parts = ("unet", "vae", "text_encoder")
     numbers = sum(p.numel() for part in parts for p in build_part(model, part).parameters())
     assert PRESETS[model].download_gb == pytest.approx(4e-9 * numbers, abs=0.06)
+    of_unet = sum(p.numel() for p in build_part(model, "unet").parameters())
+    assert components.UNET_SAVED_GB == pytest.approx(2e-9 * of_unet, abs=0.06)
 
 
 # --- whose copy it is --------------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ def test_runs_know_revision_commit_and_ones_own_copy(offline, tmp_path, monkeypa
 
 
 def test_a_new_commit_of_an_unpinned_dataset_is_another_run(home, tmp_path, monkeypatch):
-    spec = get_preset("sd21-base@trial").datasets["doodles"]
+    spec = get_preset("sd21-base@trial").datasets["vintage"]
     repository = spec.source.partition(":")[2]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
