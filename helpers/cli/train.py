@@ -54,24 +54,23 @@ def train_adapter(given: argparse.Namespace) -> int:
     from helpers.base.errors import CourseError
     from helpers.base.paths import short
 
+    first = os.environ.get("RANK", "0") == "0"  # torchrun started several of us, and one tells what is done
     preset = preset_with(given.preset, train_settings(given))
     if given.data:
+        from helpers.data.loading import load_pictures, shape_sentence
         from helpers.data.own import with_own_pictures
 
         preset, name = with_own_pictures(preset, source_of(given), given.held_out or 0)
+        if first:
+            print(f"{name}: {shape_sentence(load_pictures(preset.datasets[name], 'train', preset.resolution))}")
     elif needless := [name for name in OF_DATA if getattr(given, name) is not None]:
         raise CourseError(f"{option(needless[0])} goes with --data WHERE")
     elif given.dataset is None:
         raise CourseError(f"name a dataset: --dataset {' or '.join(preset.datasets.names)}, or pictures: --data WHERE")
     else:
         name = preset.datasets[given.dataset].name
-    from helpers.data.loading import load_pictures, shape_sentence
     from helpers.presets.machine import notes_without_gpu
     from helpers.training.loop import train
-
-    first = os.environ.get("RANK", "0") == "0"  # torchrun started several of us, and one tells what is done
-    if first and not preset.datasets[name].source.startswith("drawn:"):
-        print(f"{name}: {shape_sentence(load_pictures(preset.datasets[name], 'train', preset.resolution))}")
 
     for note in notes_without_gpu(preset):
         print(f"note: {note}")
