@@ -18,7 +18,7 @@ MEMORY: dict[str, float] = {"24gb": 21.0, "16gb": 14.0, "12gb": 10.5, "8gb": 7.0
 KEPT_SIDE = 512  # pixels on a side of the pictures that KEPT_GB is for
 
 # GB that a step keeps of a picture of KEPT_SIDE: (U-Net in half precision, or float32), whether checkpointed
-KEPT_GB = {("half", False): 1.15, ("half", True): 0.13, ("full", False): 1.55, ("full", True): 0.22}
+KEPT_GB = {("half", False): 1.15, ("half", True): 0.14, ("full", False): 1.55, ("full", True): 0.22}
 MORE_TARGETS = 1.17  # times as much where all linear layers are adapted, not attention alone
 LARGEST_BLOCK = 0.3  # of what is kept without checkpointing: the block that checkpointing computes again at a time
 TEXT_ENCODER_GB = 0.2  # of a caption, where the text encoder trains too: 23 layers of 77 tokens; estimated, not counted
