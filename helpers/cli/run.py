@@ -35,7 +35,7 @@ def run_course(given: argparse.Namespace) -> int:
 def summary(preset: str, done: Sequence[Any], publish: bool) -> None:
     """Publishes figures and results if asked to, compiles the report, and says what was written where."""
     from helpers.course import notebooks
-    from helpers.course.claims import failed_claims
+    from helpers.course.exercises import failed_claims
     from helpers.course.results import Results, output_folder
 
     results, folder = Results(preset), output_folder(preset)

@@ -3,8 +3,7 @@
 Notebooks import from here what draws and records; nothing that is taught.
 """
 
-from helpers.course.claims import claim
-from helpers.course.exercises import exercise
+from helpers.course.exercises import claim, exercise
 from helpers.course.figures import (
     COLOURS,
     LINE_STYLES,

@@ -37,7 +37,7 @@ class TrainConfig:
     train_text_encoder: bool = False  # a LoRA on the text encoder's attention too, of the same rank and alpha
     seed: int = 0
     lora_plus: float = 1.0  # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns so many times as fast as A
-    ema_decay: float = 0.0  # validate and keep the moving average of the weights (see helpers.training.average)
+    ema_decay: float = 0.0  # validate and keep the moving average of the weights (see helpers.training.steps)
     lr_warmup_steps: int = 0
     lr_schedule: str = "constant"  # "constant", "linear" or "cosine": what follows the warm-up, down to zero
     validation_epochs: int = 2  # validation pictures every so many epochs, and before the first and after the last step

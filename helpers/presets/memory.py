@@ -46,7 +46,7 @@ def training_gib(preset: Preset, on_gpu: bool = True) -> float:
     return (MODEL_GB[precision] + FOR_A_MOMENT_GB + MARGIN * at_once * kept_gb(preset, precision)) * GB / GIB
 
 
-def fitted(preset: Preset, gib: float) -> Preset:
+def cut_to_fit(preset: Preset, gib: float) -> Preset:
     """The preset in the largest parts of a batch that fit into so many GiB.
 
     Checkpointed only where not even one picture fits without, since it costs a third more time. Where nothing fits, the
@@ -67,7 +67,7 @@ def rungs(preset: Preset) -> dict[str, dict]:
     found: dict[str, dict] = {}
     before = preset.train
     for variant, gib in MEMORY.items():
-        train = fitted(preset, gib).train
+        train = cut_to_fit(preset, gib).train
         if train != before:
             names = ("gradient_accumulation_steps", "gradient_checkpointing")
             found[variant] = {name: getattr(train, name) for name in names}

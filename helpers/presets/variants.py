@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from helpers.presets.catalogue import PRESETS
 from helpers.presets.configuration import ATTENTION, LINEAR, Datasets, Preset, TrainConfig
-from helpers.presets.memory import MEMORY, fitted
+from helpers.presets.memory import MEMORY, cut_to_fit
 
 PRECISION: dict[str, dict] = {
     "fp32": {"dtype": "float32", "mixed_precision": "no"},
@@ -66,7 +66,9 @@ def with_variant(preset: Preset, variant: str) -> Preset:
         return replace(preset, gates=True)
     if size:
         return replace(preset, resolution=size)
-    return fitted(preset, MEMORY[variant]) if variant in MEMORY else replaced(preset, (PRECISION | TRAINERS)[variant])
+    return (
+        cut_to_fit(preset, MEMORY[variant]) if variant in MEMORY else replaced(preset, (PRECISION | TRAINERS)[variant])
+    )
 
 
 def variant_kind(variant: str) -> str:

@@ -27,8 +27,8 @@ from helpers.adapters.reading import read_adapter
 from helpers.base import provenance
 from helpers.base.files import new_folder, write_json_atomic
 from helpers.presets.configuration import TrainConfig
-from helpers.training.average import AVERAGE
 from helpers.training.runs import Run, adapter_metadata
+from helpers.training.steps import AVERAGE
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 

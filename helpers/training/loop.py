@@ -41,7 +41,6 @@ from helpers.diffusion.pictures import to_pictures, to_pil
 from helpers.diffusion.sampling import sample
 from helpers.presets.configuration import Preset, TrainConfig
 from helpers.presets.variants import get_preset
-from helpers.training.average import averaged, update_average
 from helpers.training.checkpoints import keep_checkpoints, load_last_checkpoint, read_checkpoint, save_checkpoint
 from helpers.training.draws import draw_step, steps_per_epoch
 from helpers.training.guards import check_latents, check_model, check_same_data, disk_errors, locked, memory_errors
@@ -58,7 +57,14 @@ from helpers.training.runs import (
     run_config,
     run_dir,
 )
-from helpers.training.steps import injected, new_accelerator, trained_parts, training_step
+from helpers.training.steps import (
+    averaged,
+    injected,
+    new_accelerator,
+    trained_parts,
+    training_step,
+    update_average,
+)
 from helpers.training.tracking import Tracker
 from helpers.training.validation import held_out_loss, validation_latents, validation_pairs, validation_steps
 

@@ -43,7 +43,7 @@ CODE = (
     *(f"helpers.lora.{name}" for name in ("layer", "injection", "merging", "dora")),
     *(f"helpers.diffusion.{name}" for name in ("schedule", "components", "text", "pictures", "sampling")),
     *(f"helpers.data.{name}" for name in ("loading", "folders", "recipes", "caches")),
-    *(f"helpers.training.{name}" for name in ("draws", "steps", "average", "loop", "validation", "checkpoints")),
+    *(f"helpers.training.{name}" for name in ("draws", "steps", "loop", "validation", "checkpoints")),
 )
 REFERENCE_PIXELS = 128  # validation pictures of a reference run are stored at most this large
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.course.claims import claim, failed_claims, stops
+from helpers.course.exercises import claim, failed_claims, stops
 from helpers.course.results import Results
 from helpers.presets.variants import get_preset
 

@@ -5,7 +5,7 @@ from kept_bytes import kept_bytes
 
 from helpers.presets import memory
 from helpers.presets.configuration import LINEAR
-from helpers.presets.memory import MEMORY, fitted, rungs, training_gib
+from helpers.presets.memory import MEMORY, cut_to_fit, rungs, training_gib
 from helpers.presets.variants import get_preset
 
 REAL = ("sd21-base", "sd21", "sd15")
@@ -50,7 +50,7 @@ def test_parts_are_as_large_as_the_memory_allows():
     for name in REAL:
         preset = get_preset(name)
         for variant, gib in MEMORY.items():
-            train = fitted(preset, gib).train
+            train = cut_to_fit(preset, gib).train
             if train.gradient_accumulation_steps > 1:
                 larger = {"gradient_accumulation_steps": train.gradient_accumulation_steps // 2}
                 larger["gradient_checkpointing"] = train.gradient_checkpointing

@@ -12,9 +12,8 @@ from helpers.adapters.reading import read_adapter
 from helpers.data.caches import compute_cache, in_orders
 from helpers.data.loading import load_pictures
 from helpers.presets.configuration import DatasetSpec, TrainConfig
-from helpers.training.average import averaged, update_average
 from helpers.training.draws import draw_step
-from helpers.training.steps import injected, training_step
+from helpers.training.steps import averaged, injected, training_step, update_average
 
 PLAIN = TrainConfig(batch_size=6, rank=2, caption_dropout=0.0)
 
