@@ -255,9 +255,9 @@ def check_finite(loss: float, grad_norm: float, draw: StepDraw, step: int, accel
 
 
 # --- the moving average ------------------------------------------------------------------------------------------
-# A smoother adapter than the last step's (EMA): m = d m + (1 - d) w after each step, where d grows towards the decay, so
-# that the first steps are soon forgotten. It lies with AdamW's moments, so that checkpoints keep it. (Polyak and Juditsky
-# 1992, SIAM J. Control Optim. 30; as diffusers' EMAModel does it.)
+# A smoother adapter than the last step's (EMA): m = d m + (1 - d) w after each step, where d grows towards the decay,
+# so that the first steps are soon forgotten. It lies with AdamW's moments, so that checkpoints keep it.
+# (Polyak and Juditsky 1992, SIAM J. Control Optim. 30; as diffusers' EMAModel does it.)
 AVERAGE = "average"  # its name among the states of a parameter
 
 
