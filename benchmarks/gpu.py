@@ -37,8 +37,9 @@ from benchmarks.gpu_plan import (
 )
 from benchmarks.timing import compare, default_device
 from helpers.base.provenance import code_hash, versions
-from helpers.presets import variants
 from helpers.presets.configuration import ATTENTION, Preset
+from helpers.presets.memory import rungs
+from helpers.presets.variants import get_preset
 from helpers.training.validation import validation_steps
 
 NAME = "gpu"
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         if folder:
             records.write_record(folder / f"{record['device']}.json", NAME, record)
 
-    record = measure(settings, variants.MEMORY, device, keep)
+    record = measure(settings, rungs(get_preset(SD)), device, keep)
     print(table(record))
     failed = any(reason.startswith("failed") for reason in record["not_measured"].values())
     return 1 if failed or (given.check and missed(record)) else 0

@@ -22,7 +22,7 @@ from helpers.presets.catalogue import CLIP, MINISD, PRESETS
 from helpers.presets.sd_configs import CONFIGS, build_part
 
 RESOLUTION = {"sd21-base": 512, "sd21": 768, "sd15": 512}
-DATA_COMMIT = {"doodles": "d" * 40, "vintage": "e" * 40}
+DATA_COMMIT = {spec.name: spec.revision or "e" * 40 for spec in PRESETS["sd21-base"].datasets}
 ROWS = {"doodles": 40, "vintage": 40}
 
 
@@ -159,7 +159,18 @@ def dataset_files(name: str, folder: Path) -> dict[str, bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(rows, features=features).to_parquet(folder / "data.parquet")
     table = (folder / "data.parquet").read_bytes()
-    return {"data/train-00000-of-00001-0123456789abcdef.parquet": table, "README.md": b"---\nlanguage: en\n---\n"}
+    about = {"README.md": b"---\nlanguage: en\n---\n"} if name == "vintage" else {"dataset_infos.json": dataset_infos()}
+    return {"data/train-00000-of-00001-0123456789abcdef.parquet": table, **about}
+
+
+def dataset_infos() -> bytes:
+    """What the hub's older datasets have instead of a README, as the doodles do."""
+    columns = {
+        "image": {"decode": True, "id": None, "_type": "Image"},
+        "text": {"dtype": "string", "id": None, "_type": "Value"},
+    }
+    train = {"name": "train", "num_bytes": 0, "num_examples": ROWS["doodles"], "dataset_name": None}
+    return json.dumps({"default": {"features": columns, "splits": {"train": train}}}).encode()
 
 
 # --- all of it ---------------------------------------------------------------------------------------------------

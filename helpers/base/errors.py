@@ -13,6 +13,16 @@ class DataError(ValueError):
     """A dataset cannot be used; the message names the file, column or row."""
 
 
+# What a plain RuntimeError says that means no memory: of an Apple GPU, of main memory on Linux and macOS, on Windows
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(kind: str, message: str) -> bool:
+    """Whether an error of that class name and message says that a GPU, or the machine, had no memory left."""
+    # By name: torch may not have been imported, and a notebook's kernel sends names only
+    return kind == "OutOfMemoryError" or (kind == "RuntimeError" and any(words in message for words in _NO_MEMORY))
+
+
 def unreadable(name: str, error: Exception) -> DataError:
     """What to say of a picture, given what Pillow raised."""
     reason = str(error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from helpers.base.paths import runs_folder
+from helpers.base.provenance import file_hash
 
 Repository = tuple[str, str | None]  # OWNER/NAME, and a commit, tag or branch; None means the branch main
 
@@ -79,6 +81,7 @@ def download(
             check_disk(download_gb - arrived_gb(name, kind))
             folder = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
             check_complete(folder, needed)
+            check_hashes(folder)
             return Copy(folder, name, folder.name)
         except Exception as error:  # the hub's client and what it stands on raise many kinds
             reasons.append(f"{name}: {reason(error, name, kind, revision)}")
@@ -141,6 +144,20 @@ def check_complete(folder: Path, needed: Sequence[str]) -> None:
     for file in needed:
         if not any((folder / name).is_file() for name in file.split("|")):
             raise HubError(f"it is here only in part: {folder} has no {file.split('|')[0]}")
+
+
+def check_hashes(folder: Path) -> None:
+    """Raises HubError, and deletes the file, unless every large file of a snapshot has the SHA-256 that the hub states.
+
+    The client names such a file, which lies among the blobs, by that hash. It compares sizes only. Where a system has
+    no links, the files have other names, and there is nothing to compare with.
+    """
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and file_hash(blob) != blob.name:
+            blob.unlink()
+            path.unlink()
+            raise HubError(f"{path.relative_to(folder)} arrived damaged: the same command downloads it again")
 
 
 def cache_folder() -> Path:

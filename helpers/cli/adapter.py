@@ -201,7 +201,7 @@ def left_out(base: Any, tuned: Any, layers: dict[str, Any]) -> tuple[float, int]
     old, new = base.state_dict(), tuned.state_dict()
     missed = whole = 0.0
     for name, weights in layers.items():
-        delta = (new[f"{name}.weight"].float() - old[f"{name}.weight"].float()).double()
+        delta = (new[f"{name}.weight"].float() - old[f"{name}.weight"].float()).cpu().double()
         whole += delta.square().sum().item()
         missed += (delta - weights.delta()).square().sum().item()
     adapted = {f"{name}.weight" for name in layers}

@@ -83,7 +83,7 @@ def has_token() -> bool:
 
 def here() -> frozenset[str]:
     """Presets whose model, and hub datasets that, need no download any more; "clip" if the judge is here."""
-    from helpers.diffusion.components import HUB_FILES, NEEDED
+    from helpers.diffusion.components import EITHER, HUB_FILES, NEEDED, UNET
     from helpers.evaluation.encoders import CLIP_FILES, CLIP_NEEDED
 
     def found(
@@ -96,7 +96,7 @@ def here() -> frozenset[str]:
             return False
 
     names = {name for name, preset in PRESETS.items() if preset.repositories
-             and found(preset.repositories, patterns=HUB_FILES, needed=NEEDED)}  # fmt: skip
+             and found(preset.repositories, patterns=[*HUB_FILES, UNET], needed=[*NEEDED, EITHER])}  # fmt: skip
     for spec in PRESETS[GPU_PRESET].datasets:
         if found(((spec.source.partition(":")[2], spec.revision),), "dataset"):
             names.add(spec.name)
@@ -179,8 +179,7 @@ def recommended(gpu_memory: float) -> str:
     """The preset for a GPU of so many GiB: Stable Diffusion 2.1-base in the variant that fits it, else MiniSD."""
     from helpers.presets.machine import rung_for
 
-    rung = rung_for(gpu_memory)
-    return "mini" if rung is None else f"{GPU_PRESET}@{rung}" if rung else GPU_PRESET
+    return rung_for(GPU_PRESET, gpu_memory) or "mini"
 
 
 def to_download(preset: Preset, here: frozenset[str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from helpers.base.errors import CourseError, is_out_of_memory
 from helpers.presets.configuration import Preset
 
 DEFAULT = "mini"
@@ -11,8 +12,6 @@ DEFAULT = "mini"
 
 def is_readers(error: Exception) -> bool:
     """Whether the reader can mend it. ComponentsError, DataError and AdapterError are ValueErrors."""
-    from helpers.base.errors import CourseError
-
     expected = (CourseError, ValueError, OSError)
     # A module that a command has not imported cannot have raised its error.
     own = {
@@ -21,19 +20,7 @@ def is_readers(error: Exception) -> bool:
         "helpers.studies.sweep": "SweepError",
     }
     own_errors = tuple(getattr(sys.modules.get(module), name, CourseError) for module, name in own.items())
-    return isinstance(error, expected + own_errors) or is_out_of_memory(error)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU had no memory left."""
-    return type(error).__name__ == "OutOfMemoryError"  # torch's, which may not have been imported
-
-
-def memory_advice(preset: str) -> str:
-    """The sentence for a GPU without memory left: which settings of the preset take less."""
-    from helpers.presets.machine import out_of_memory
-
-    return out_of_memory(preset)
+    return isinstance(error, expected + own_errors) or is_out_of_memory(type(error).__name__, str(error))
 
 
 def warn_without_gpu(preset: Preset) -> None:
@@ -45,6 +32,10 @@ def warn_without_gpu(preset: Preset) -> None:
             print(f"note: {note}")
 
 
-def sentence_of(error: Exception) -> str:
-    """The error's message on one line, or its kind where it has none."""
+def sentence_of(error: Exception, preset: str = DEFAULT) -> str:
+    """The error's message on one line, or its kind where it has none; without memory, which preset takes less."""
+    if is_out_of_memory(type(error).__name__, str(error)):
+        from helpers.presets.machine import out_of_memory
+
+        return out_of_memory(preset)
     return " ".join(str(error).split()) or type(error).__name__

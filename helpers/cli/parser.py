@@ -17,7 +17,7 @@ from helpers.cli.adapter import add_commands
 from helpers.cli.figure import redraw_figure
 from helpers.cli.look import add_options as add_look_options
 from helpers.cli.look import look_at_pictures
-from helpers.cli.messages import DEFAULT, is_out_of_memory, is_readers, memory_advice, sentence_of
+from helpers.cli.messages import DEFAULT, is_readers, sentence_of
 from helpers.cli.run import compile_report, run_course
 from helpers.cli.sample import sample_pictures
 from helpers.cli.train import add_options, train_adapter
@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("COURSE_DEBUG") or not is_readers(error):
             raise
-        sentence = memory_advice(given.preset) if is_out_of_memory(error) else sentence_of(error)
-        print(f"course: {sentence}", file=sys.stderr)
+        print(f"course: {sentence_of(error, getattr(given, 'preset', None) or DEFAULT)}", file=sys.stderr)
         return 1
 
 

@@ -35,6 +35,7 @@ def run_course(given: argparse.Namespace) -> int:
 def summary(preset: str, done: Sequence[Any], publish: bool) -> None:
     """Publishes figures and results if asked to, compiles the report, and says what was written where."""
     from helpers.course import notebooks
+    from helpers.course.exercises import failed_claims
     from helpers.course.results import Results, output_folder
 
     results, folder = Results(preset), output_folder(preset)
@@ -50,6 +51,8 @@ def summary(preset: str, done: Sequence[Any], publish: bool) -> None:
     print(f"  figures    {short(figures)}/ ({len(results.figures)} figures)")
     for run in sorted(folder.glob("*-*/done.json")):
         print(f"  run        {short(run.parent)}/")
+    for sentence in failed_claims(results):
+        print(f"  not so     {sentence}")
     try:
         print(f"  report     {short(build_report(target / 'results.json', figures, target / 'report.pdf'))}")
     except Exception as error:

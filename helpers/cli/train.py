@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from helpers.training.runs import Run
 
 # Options: those that go with --data, and those that are settings of a `TrainConfig`.
-OF_DATA = ("image_column", "text_column", "revision", "held_out")
+OF_DATA = ("image_column", "text_column", "caption", "revision", "held_out")
 SETTINGS = ("rank", "alpha", "steps", "batch_size", "learning_rate", "seed")
 COLUMNS = 8  # validations on the sheet, evenly spread, the first and the last among them
 
@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="of --data, the column of pictures (default: image)")
     text = "of --data, the column of captions (default: text)"
     parser.add_argument("--text-column", "--caption-column", metavar="NAME", help=text)
+    parser.add_argument("--caption", metavar="TEXT", help="of --data, the caption of every picture without one")
     text = "of a hub dataset, the commit, tag or branch (default: what its first download finds)"
     parser.add_argument("--revision", help=text)
     parser.add_argument("--held-out", type=int, metavar="N", help="of --data, keep the last N to measure with (0)")
@@ -59,13 +60,14 @@ def train_adapter(given: argparse.Namespace) -> int:
     """`course train`: one adapter of a preset's dataset, or of one's own captioned pictures."""
     from helpers.base.errors import CourseError
 
+    first = is_first()
     preset = preset_with(given.preset, train_settings(given))
     if given.data:
         from helpers.data.look import look_at
         from helpers.data.own import with_own_pictures
 
         source = source_of(given)
-        if is_first() and not source.source.startswith("hub:"):
+        if first and not source.source.startswith("hub:"):
             print(look_at(source, whole=False))
         preset, name = with_own_pictures(preset, source, given.held_out or 0)
     elif needless := [name for name in OF_DATA if getattr(given, name) is not None]:
@@ -80,10 +82,12 @@ def train_adapter(given: argparse.Namespace) -> int:
     for note in notes_without_gpu(preset):
         print(f"note: {note}")
     run = train(preset, name, given.from_scratch, given.force, tracker=given.tracker, device=given.device)
-    if not is_first():
+    if not first:
         return 0
     print(f"{run.source}: {short(run.dir)}/")
     print(f"adapter: {short(run.adapter)}")
+    if skipped := run.done.get("skipped_steps"):
+        print(f"skipped: {skipped} of {run.done['steps']} steps, whose gradients overflowed in fp16")
     print_ending(preset, run)
     if given.export_reference and run.source != "reference":
         from helpers.training.runs import export_reference
@@ -133,7 +137,8 @@ def source_of(given: argparse.Namespace) -> DatasetSpec:
     if not re.fullmatch(r"\w[\w .-]*", name):
         raise ValueError(f"--dataset {name!r} must be letters, digits, dots, hyphens or underscores: it names a folder")
     image, text = given.image_column or "image", given.text_column or "text"
-    return DatasetSpec(name, source, image, text, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
+    spec = DatasetSpec(name, source, image, text, train_rows=sys.maxsize, held_out_rows=0, revision=given.revision)
+    return replace(spec, caption=(given.caption or "").strip())
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

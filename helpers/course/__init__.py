@@ -3,7 +3,7 @@
 Notebooks import from here what draws and records; nothing that is taught.
 """
 
-from helpers.course.exercises import exercise
+from helpers.course.exercises import claim, exercise
 from helpers.course.figures import (
     COLOURS,
     LINE_STYLES,
@@ -28,6 +28,7 @@ __all__ = [
     "PART_COLOURS",
     "Results",
     "approx",
+    "claim",
     "curves",
     "diagram",
     "exercise",

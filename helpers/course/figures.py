@@ -269,22 +269,25 @@ class _Grid:
 
 
 # ------------------------------------------------------------------------------------------------------- curves
-def smooth(values: Sequence[float], weight: float = 0.95) -> np.ndarray:
+def smooth(values: Sequence[float | None], weight: float = 0.95) -> np.ndarray:
     """Exponential moving average without the bias towards zero of the first values (Kingma and Ba 2015, section 3).
 
     m_k = w m_{k-1} + (1 - w) x_k,  smoothed_k = m_k / (1 - w^k).  weight w: from 0 (no smoothing) to below 1.
+    A value that is None or not finite, as the gradient of a step that fp16 skipped, leaves a gap and does not count.
     """
     if not 0 <= weight < 1:
         raise ValueError(f"the smoothing weight must be at least 0 and below 1, not {weight}")
-    average, smoothed = 0.0, np.empty(len(values))
-    for k, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * float(value)
-        smoothed[k - 1] = average / (1 - weight**k)
+    numbers = np.array([np.nan if value is None else float(value) for value in values])
+    average, k, smoothed = 0.0, 0, np.full(len(numbers), np.nan)
+    for i in np.flatnonzero(np.isfinite(numbers)):
+        k += 1
+        average = weight * average + (1 - weight) * float(numbers[i])
+        smoothed[i] = average / (1 - weight**k)
     return smoothed
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]],
     xlabel: str = "step",
     ylabel: str = "loss",
     title: str | None = None,
@@ -307,7 +310,7 @@ def curves(
                 raise ValueError(f"the series {label!r} needs as many x as y, not {len(x)} and {len(y)}")
             colour, dashes = COLOURS[number % len(COLOURS)], LINE_STYLES[number % len(LINE_STYLES)]
             if smoothing:
-                axes.plot(x, y, color=colour, alpha=0.2, linewidth=0.7)
+                axes.plot(x, np.array(y, dtype=float), color=colour, alpha=0.2, linewidth=0.7)  # None becomes a gap
             axes.plot(x, smooth(y, smoothing), color=colour, linestyle=dashes, label=label)
         axes.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
         if title:

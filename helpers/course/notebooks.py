@@ -22,7 +22,7 @@ from typing import Any
 import nbformat
 import psutil
 
-from helpers.base.errors import CourseError
+from helpers.base.errors import CourseError, is_out_of_memory
 from helpers.base.files import atomic_path, write_json_atomic
 from helpers.base.paths import ROOT, short
 from helpers.base.provenance import code_hash, versions
@@ -150,7 +150,7 @@ def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[s
     except papermill.PapermillExecutionError as error:
         os.replace(temporary, failed)
         reason = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}").strip().splitlines()[0]
-        if error.ename == "OutOfMemoryError":
+        if is_out_of_memory(error.ename, error.evalue):
             from helpers.presets.machine import out_of_memory
 
             reason = out_of_memory(given.get("PRESET", "mini"))
@@ -159,7 +159,11 @@ def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[s
     except (CellTimeoutError, DeadKernelError) as error:
         if temporary.exists():
             os.replace(temporary, failed)
-        took = f"a cell ran longer than {timeout} s" if isinstance(error, CellTimeoutError) else "its kernel died"
+        took = f"a cell ran longer than {timeout} s"
+        if isinstance(error, DeadKernelError):  # nobody says why; a system that has no memory left ends the largest
+            from helpers.presets.machine import out_of_memory
+
+            took = f"its kernel died; if that was for want of memory: {out_of_memory(given.get('PRESET', 'mini'))}"
         raise CourseError(f"{path.name} failed: {took} (kept as {short(failed)})") from None
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)

@@ -120,7 +120,8 @@ def contents(folder: Path) -> str:
     trees = [toctree("", ["start"])]
     for heading, paths in pages().items():
         trees.append(toctree(heading, [path.relative_to(ROOT).with_suffix("").as_posix() for path in paths]))
-    reference = {"notebooks/glossary": "", "using": "", "helpers/minisd/README": "MiniSD, the model card", "api": ""}
+    reference = {"notebooks/glossary": "", "using": "", "out_of_scope": ""}
+    reference |= {"helpers/minisd/README": "MiniSD, the model card", "api": ""}
     there = {name: said for name, said in reference.items() if (folder / f"{name}.md").exists()}
     trees.append(toctree("Reference", [f"{said} <{name}>" if said else name for name, said in there.items()]))
     return "\n".join(trees)

@@ -4,7 +4,7 @@ Whatever the source, a dataset has the columns "image" and "text".
 """
 
 from helpers.data.caches import LatentCache, build_cache, compute_cache
-from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture
+from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture, shape_sentence
 from helpers.data.look import look_at
 from helpers.data.own import with_own_pictures
 
@@ -17,5 +17,6 @@ __all__ = [
     "load_pictures",
     "look_at",
     "read_picture",
+    "shape_sentence",
     "with_own_pictures",
 ]

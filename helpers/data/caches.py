@@ -12,6 +12,7 @@ spend that time at every step. A large cache stays on the disk and is read throu
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -50,7 +51,7 @@ class LatentCache:
     std: Tensor  # float32 [N, C, h, w], likewise
     caption_embeddings: Tensor  # float32 [M, L, D], of M different captions
     caption_ids: Tensor  # int64 [M, L], their tokens
-    caption_index: Tensor  # int64 [N]
+    caption_index: Tensor  # int64 [N], or [N, K] of K orders of each caption, the first of them as written
     empty_embedding: Tensor  # float32 [1, L, D], of the empty caption
     empty_ids: Tensor  # int64 [1, L]
     captions: list[str] = field(default_factory=list)  # M
@@ -58,15 +59,23 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.mean)
 
+    @property
+    def as_written(self) -> Tensor:
+        """int64 [N]: which caption each row has in its dataset."""
+        return self.caption_index if self.caption_index.ndim == 1 else self.caption_index[:, 0]
+
 
 ARRAYS = tuple(f.name for f in fields(LatentCache) if f.name != "captions")
 
 
-def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str, key: str) -> LatentCache:
+def build_cache(
+    components: Components, dataset: Dataset, cache_dir: Path | str, key: str, orders: int = 1
+) -> LatentCache:
     """Latents and text embeddings of a dataset, read from `cache_dir` when they are there for `key`, else computed.
 
     key: a hash of everything the cache depends on (data, weights, code). A cache with another key or content than it
-    was written with is replaced. Raises DataError when the dataset is empty or a picture cannot be read.
+    was written with is replaced. orders: as for `compute_cache`.
+    Raises DataError when the dataset is empty or a picture cannot be read.
     """
     folder = Path(cache_dir) / f"latents-{key[:16]}"
     cache = read_cache(folder, key)
@@ -77,29 +86,40 @@ def build_cache(components: Components, dataset: Dataset, cache_dir: Path | str,
             for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # left behind by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with atomic_path(folder) as writing:
-                write_cache(components, dataset, writing, key)
+                write_cache(components, dataset, writing, key, orders)
         cache = read_cache(folder, key)
         if cache is None:
             raise DataError(f"the cache {folder.name} was written, and cannot be read back")
     return cache
 
 
-def write_cache(components: Components, dataset: Dataset, folder: Path, key: str) -> None:
+def write_cache(components: Components, dataset: Dataset, folder: Path, key: str, orders: int = 1) -> None:
     """Compute the cache of a dataset and write it into a folder, with the key and the hash of what is in it."""
-    cache = compute_cache(components, dataset, folder)
+    cache = compute_cache(components, dataset, folder, orders)
     content = tensor_hash({name: getattr(cache, name) for name in ARRAYS})
     write_json_atomic(folder / "index.json", {"key": key, "content": content, "captions": cache.captions})
 
 
-def compute_cache(components: Components, dataset: Dataset, folder: Path | None = None) -> LatentCache:
+def in_orders(caption: str, count: int) -> list[str]:
+    """The caption as written, then count - 1 shuffles of its parts between commas. The first part stays first.
+
+    So the words of a style that begin each caption keep their place (kohya's --shuffle_caption with --keep_tokens 1).
+    """
+    first, *others = (part.strip() for part in caption.split(","))
+    rng = random.Random(caption)
+    return [caption, *(", ".join([first, *rng.sample(others, len(others))]) for _ in range(count - 1))]
+
+
+def compute_cache(components: Components, dataset: Dataset, folder: Path | None = None, orders: int = 1) -> LatentCache:
     """Latents and text embeddings of a dataset, in memory.
 
     folder: where the arrays lie instead, as memory-mapped files, so that a dataset may be larger than the memory.
+    orders: of each caption, see `in_orders`.
     """
     if len(dataset) == 0:
         raise DataError("the dataset has no rows")
-    texts = list(dataset["text"])
-    captions = list(dict.fromkeys(texts))
+    texts = [in_orders(text, orders) for text in dataset["text"]]
+    captions = list(dict.fromkeys(caption for row in texts for caption in row))
     position = {caption: i for i, caption in enumerate(captions)}
     ids, empty_ids = tokenize(components, captions), tokenize(components, [""])
 
@@ -121,10 +141,12 @@ def compute_cache(components: Components, dataset: Dataset, folder: Path | None 
 
     small = {
         "caption_ids": ids,
-        "caption_index": torch.tensor([position[text] for text in texts]),
+        "caption_index": torch.tensor([[position[caption] for caption in row] for row in texts]),
         "empty_embedding": empty_embedding,
         "empty_ids": empty_ids,
     }
+    if orders == 1:
+        small["caption_index"] = small["caption_index"].squeeze(1)
     for name, tensor in small.items():
         arrays[name] = new_array(folder, name, tuple(tensor.shape), tensor.numpy().dtype)
         arrays[name][:] = tensor.numpy()

@@ -19,6 +19,7 @@ def data_fingerprint(spec: DatasetSpec, resolution: int) -> str:
         parts += [fingerprint(where, "held_out", resolution, spec.held_out_rows, 0)] if spec.held_out_rows else []
         return digest(parts)
     rows = [spec.image_column, spec.text_column, spec.train_rows, spec.held_out_rows, spec.split]
+    rows += [spec.caption] if spec.caption else []
     if kind in ("folder", "parquet", "hub"):
         copy = data.hub_copy(spec) if kind == "hub" else None
         if copy and copy.commit:

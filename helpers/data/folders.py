@@ -59,13 +59,13 @@ def from_folder(place: str, spec: DatasetSpec) -> Dataset:
     tables = [] if metadata_file(folder) else parquet_files(folder)
     if tables:
         return read_parquet(tables, spec)
-    pairs = pairs_of(folder, spec)
+    pairs = [(picture, spec.caption or None if text is None else text) for picture, text in pairs_of(folder, spec)]
     bare = [picture.name for picture, text in pairs if text is None]
     if bare:
         raise DataError(
             f"{len(bare)} of {len(pairs)} pictures in {folder} have no caption, {bare[0]} for one: put a .txt file "
-            "of the same name beside each, or one metadata.csv with the columns file_name and text, or let a model "
-            "write captions: course train --data FOLDER --caption"
+            "of the same name beside each, or one metadata.csv with the columns file_name and text, or give all of "
+            'them one caption by --caption "…"'
         )
     for picture, _ in pairs:
         check_picture(picture)

@@ -5,6 +5,8 @@ A dataset has the columns "image" and "text", wherever it comes from: the drawn 
 
 from __future__ import annotations
 
+import io
+
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageColumn
 from PIL import Image
@@ -15,6 +17,8 @@ from helpers.base.paths import runs_folder
 from helpers.data.folders import as_caption, from_folder, from_parquet, missing_column, no_size_warning, quiet_datasets
 from helpers.diffusion.components import Components
 from helpers.presets.configuration import DatasetSpec
+
+EXIF_ORIENTATION = 0x0112
 
 
 def load_pictures(spec: DatasetSpec, split: str = "train", size: int = 128) -> Dataset:
@@ -86,7 +90,10 @@ def from_hub(repository: str, spec: DatasetSpec) -> Dataset:
 
 
 def with_standard_columns(dataset: Dataset, spec: DatasetSpec) -> Dataset:
-    """Only the picture and caption columns, named "image" and "text"; a caption that is missing or blank is ""."""
+    """Only the picture and caption columns, named "image" and "text".
+
+    A caption that is missing or blank is the dataset's own (`DatasetSpec.caption`), which is "" unless it is given.
+    """
     picture, text = spec.image_column, spec.text_column
     for column in (picture, text):
         if column not in dataset.column_names:
@@ -95,7 +102,7 @@ def with_standard_columns(dataset: Dataset, spec: DatasetSpec) -> Dataset:
         raise DataError(f"the column {text!r} of {spec.name} cannot hold both the pictures and the captions")
     dataset = dataset.select_columns([picture, text])
     found = dataset.with_format("arrow").select_columns([text])[:][text].to_pylist()  # as they are stored
-    captions = [as_caption(value, row, text, spec.name) for row, value in enumerate(found)]
+    captions = [as_caption(value, row, text, spec.name) or spec.caption for row, value in enumerate(found)]
     if captions != found:
         dataset = dataset.remove_columns(text).add_column(text, captions)
     names = {picture: "image", text: "text"}
@@ -134,6 +141,31 @@ def caption_sentence(counts: dict[str, int]) -> str:
     if cut:
         verb = "is" if cut == 1 else "are"
         sentence += f"; {cut} {verb} longer than the text encoder reads and {verb} cut"
+    return sentence
+
+
+def shape_sentence(dataset: Dataset) -> str:
+    """How many pictures of a dataset are tall, wide and square, and how much of them the square crop cuts off.
+
+    Tall and wide: one side over 1.05 times the other. Only the pictures' heads are read. Training takes the largest
+    square in the middle (`to_tensor`).
+    """
+    ratios = []
+    for cell in dataset.cast_column("image", ImageColumn(decode=False))["image"]:
+        source = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
+        try:
+            with no_size_warning(), Image.open(source) as picture:
+                turned = picture.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter
+                width, height = picture.size
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise unreadable(cell["path"] or "", error) from error
+        ratios.append(height / width if turned else width / height)
+    tall, wide = sum(ratio < 1 / 1.05 for ratio in ratios), sum(ratio > 1.05 for ratio in ratios)
+    kept = [min(ratio, 1 / ratio) for ratio in ratios]
+    sentence = f"{tall} tall, {wide} wide, {len(ratios) - tall - wide} square"
+    if tall + wide:
+        cut = 1 - sum(kept) / len(kept)
+        sentence += f"; the square crop cuts off {cut:.0%} of their area on average, {1 - min(kept):.0%} at most"
     return sentence
 
 

@@ -202,7 +202,7 @@ def caption_lines(captions: list[str | None]) -> list[str]:
     """How many captions there are, how long they are, and which repeat."""
     texts = [text for text in captions if text]
     if not texts:
-        return ["none: put a .txt file beside each picture, or let a model write them (course train --caption)"]
+        return ["none: put a .txt file beside each picture, or give all of them one (course train --caption)"]
     words = [len(text.split()) for text in texts]
     lines = [
         f"{len(texts)}, {len(set(texts))} different; {min(words)} to {max(words)} words, "

@@ -8,7 +8,7 @@ latents, and a noise schedule says how much noise each timestep has. MiniSD has 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,16 @@ PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 CLIP_VOCABULARY = 49_408  # every Stable Diffusion 1 and 2 has CLIP's tokenizer; MiniSD has a smaller one of its own
 CHUNK = 16  # pictures or prompts that go through the VAE or the text encoder at once, at most
 
-# What a hub repository has to send: one full-precision safetensors file a part, never a pickle.
-WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-SAFETENSORS = [f"{weights}.safetensors" for weights in WEIGHTS]
-HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *SAFETENSORS]
+# What a hub repository has to send: one safetensors file a part, never a pickle.
+UNET, UNET_FP16 = (f"unet/diffusion_pytorch_model{kind}.safetensors" for kind in ("", ".fp16"))
+OTHERS = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", *OTHERS]
 # Without which a copy is not complete; "a|b": one of the two
-NEEDED = [*SAFETENSORS, *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))]
+NEEDED = [*OTHERS, *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))]
 NEEDED += ["scheduler/scheduler_config.json"]
 NEEDED += [f"tokenizer/{file}|tokenizer/tokenizer.json" for file in ("vocab.json", "merges.txt")]
+EITHER = f"{UNET}|{UNET_FP16}"
+UNET_SAVED_GB = 1.7  # that the U-Net in float16 is smaller to download than in float32
 
 
 class ComponentsError(ValueError):
@@ -96,22 +98,27 @@ def load_components(preset: Preset, device: str | torch.device | None = None) ->
     Raises ComponentsError or HubError (ValueErrors), with what to do, when weights are missing or not the preset's.
     """
     device = torch.device(device or default_device())
-    folder, name = find_model(preset)
+    dtype = resolve_dtype(preset.dtype, device)
+    folder, name = find_model(preset, half=dtype == torch.float16)
     parts = read_parts(folder)
     found = parts["noise_scheduler"].config.prediction_type
     if found != preset.prediction_type:
         raise ComponentsError(f"{name} predicts {found}, but preset {preset.name!r} says {preset.prediction_type}")
     for part in ("text_encoder", "vae", "unet"):
         parts[part].to(device).eval().requires_grad_(False)
-    nn.Module.to(parts["unet"], resolve_dtype(preset.dtype, device))  # diffusers' own `to` warns of half precision
+    nn.Module.to(parts["unet"], dtype)  # diffusers' own `to` warns of half precision
     # A table that every step reads: once where the model is
     parts["noise_scheduler"].alphas_cumprod = parts["noise_scheduler"].alphas_cumprod.to(device)
     is_minisd = not preset.on_hub and len(parts["tokenizer"]) < CLIP_VOCABULARY
     return Components(**parts, name=name, is_minisd=is_minisd, resolution=preset.resolution)
 
 
-def find_model(preset: Preset) -> tuple[Path, str]:
-    """The folder that holds the preset's model (downloaded if it lives on the hub), and the model's name."""
+def find_model(preset: Preset, half: bool = False) -> tuple[Path, str]:
+    """The folder that holds the preset's model (downloaded if it lives on the hub), and the model's name.
+
+    half: a U-Net stored in float16 will do, and is what is downloaded. Only who computes in float16 gets the same
+    numbers from it: bfloat16 would be rounded twice.
+    """
     if not preset.on_hub:
         folder = ROOT / preset.model
         missing = [part for part in PARTS if not (folder / part).is_dir()]
@@ -121,18 +128,28 @@ def find_model(preset: Preset) -> tuple[Path, str]:
                 f"`git checkout -- {preset.model}`, or name another folder in diffusers layout"
             )
         return folder, folder.name
-    found = hub.fetch(preset.title, preset.repositories, "model", HUB_FILES, NEEDED, preset.download_gb)
+    if half:
+        with suppress(hub.HubError):  # a repository that has none
+            smaller = preset.download_gb - UNET_SAVED_GB
+            found = hub.fetch(
+                preset.title, preset.repositories, "model", [*HUB_FILES, UNET_FP16], [*NEEDED, EITHER], smaller
+            )
+            return found.folder, found.name
+    found = hub.fetch(
+        preset.title, preset.repositories, "model", [*HUB_FILES, UNET], [*NEEDED, UNET], preset.download_gb
+    )
     return found.folder, found.name
 
 
 def read_parts(folder: Path) -> dict:
     """The five parts in a folder of diffusers layout, as float32 on the CPU, named as in `Components`."""
     safe = {"use_safetensors": True, "torch_dtype": torch.float32}
+    stored = {"variant": "fp16"} if not (folder / UNET).is_file() and (folder / UNET_FP16).is_file() else {}
     readers = {
         "tokenizer": CLIPTokenizer.from_pretrained,
         "text_encoder": read_text_encoder,
         "vae": lambda path: AutoencoderKL.from_pretrained(path, **safe),
-        "unet": lambda path: UNet2DConditionModel.from_pretrained(path, **safe),
+        "unet": lambda path: UNet2DConditionModel.from_pretrained(path, **safe, **stored),
         "noise_scheduler": read_noise_scheduler,
     }
     parts = {}

@@ -35,7 +35,9 @@ def weights_fingerprint(preset: Preset, parts: components.Components | None = No
 
 def own_copy_hash(folder: Path) -> str:
     """SHA-256 (hex) of the files of a model that are read, and of no other that lies beside them."""
-    alternatives = [folder / file for needed in components.NEEDED for file in needed.split("|")]
+    unet = components.UNET if (folder / components.UNET).is_file() else components.UNET_FP16
+    needed = [*components.NEEDED, unet]
+    alternatives = [folder / file for names in needed for file in names.split("|")]
     files = sorted({path for path in alternatives if path.is_file()})
     stats = [path.stat() for path in files]
     return _hash_files(folder, tuple(files), tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))

@@ -24,7 +24,7 @@ TIE = 1e-6  # cosines closer than this are equal: the same picture encoded in an
 
 def _rows(x: Tensor, least: int = 1, what: str = "features") -> Tensor:
     """x as float64 on the CPU. Raises ValueError unless it is finite [N, D] with N >= least."""
-    x = torch.as_tensor(x).detach().double().cpu()
+    x = torch.as_tensor(x).detach().cpu().double()  # in this order: an Apple GPU has no float64
     if x.ndim != 2 or len(x) < least:
         raise ValueError(f"{what} should be [N, D] with at least {least} rows, not {list(x.shape)}")
     if not x.isfinite().all():
@@ -116,8 +116,9 @@ def mmd_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = 2000, sigma: 
     kernels = _kernels(x, y, sigma)
     rng = np.random.default_rng(seed)
     # how often each of N pictures is drawn in N draws with replacement
-    counts = [torch.from_numpy(rng.multinomial(len(k), np.full(len(k), 1 / len(k)), draws)) for k in kernels[:2]]
-    distances = _squared_distances(kernels, counts[0].double(), counts[1].double())
+    drawn = [rng.multinomial(len(k), np.full(len(k), 1 / len(k)), draws) for k in kernels[:2]]
+    counts = [torch.from_numpy(numbers.astype(np.float64)) for numbers in drawn]
+    distances = _squared_distances(kernels, counts[0], counts[1])
     if distances.isnan().all():
         raise ValueError("no resample holds two different pictures; take more draws or more pictures")
     low, high = np.nanquantile(distances.numpy(), (0.025, 0.975))  # of few pictures, some resamples hold but one

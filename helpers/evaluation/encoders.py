@@ -166,7 +166,8 @@ class ClipEncoder:
         """
         check_pairs(pictures, prompts)
         # 100 cos(E_I, E_T), of rows of length 1
-        return 100 * (self.pictures(pictures).double() * self.texts(prompts).double()).sum(1).numpy()
+        images, texts = self.pictures(pictures).cpu().double(), self.texts(prompts).cpu().double()
+        return 100 * (images * texts).sum(1).numpy()
 
     @torch.no_grad()
     def _encode(self, encode, items: Sequence) -> Tensor:

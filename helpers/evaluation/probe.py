@@ -100,7 +100,7 @@ def examples(components: Components, purpose: str, per_style: int) -> tuple[Tens
 def accuracy(probe: Probe, features: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
     """Share of the pictures that the probe names right, for every head."""
     logits = probe.read(features)
-    return {name: (out.argmax(1) == targets[name]).double().mean().item() for name, out in logits.items()}
+    return {name: (out.argmax(1) == targets[name]).cpu().double().mean().item() for name, out in logits.items()}
 
 
 def main() -> None:

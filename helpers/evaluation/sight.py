@@ -49,7 +49,8 @@ def fidelity_to_drawings(
     """
     drawn = takes(scenes, style, components.resolution, "drawn")
     ceiling = through_vae(components, takes(scenes, style, components.resolution, "ceiling"))
-    return fidelity(*(encoder.pictures(some) for some in (pictures, drawn, ceiling)))
+    generated, once, best = (encoder.pictures(some) for some in (pictures, drawn, ceiling))
+    return fidelity(generated, once, best)
 
 
 def seed_diversity(

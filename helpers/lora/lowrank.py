@@ -56,7 +56,7 @@ class LoRAWeights:
     def norm(self) -> float:
         """The Frobenius norm of the update B A * scaling, without building it. (A DoRA magnitude is left out.)"""
         # ||B A||^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)): two matrices of rank x rank
-        A, B = self.A.double().flatten(1), self.B.double().flatten(1)
+        A, B = (matrix.flatten(1).cpu().double() for matrix in (self.A, self.B))
         return abs(self.scaling) * math.sqrt(max(torch.sum((B.T @ B) * (A @ A.T)).item(), 0.0))
 
 

@@ -5,7 +5,8 @@
 
 from helpers.presets.catalogue import PRESETS
 from helpers.presets.configuration import ATTENTION, LINEAR, TEXT_ATTENTION, Datasets, DatasetSpec, Preset, TrainConfig
-from helpers.presets.variants import MEMORY, get_preset
+from helpers.presets.memory import MEMORY
+from helpers.presets.variants import get_preset
 
 __all__ = [
     "ATTENTION",

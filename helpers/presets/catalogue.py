@@ -54,6 +54,7 @@ _HUB = Datasets(
             "hub:julianmoraes/doodles-captions-BLIP",
             train_rows=1000,
             held_out_rows=0,
+            revision="bc6a84d2a92efdb1a0cbe0dd7496f27ab1827612",
             licence="none stated: download only, do not pass on",
             download_gb=0.1,
         ),

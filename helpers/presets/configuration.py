@@ -28,12 +28,16 @@ class TrainConfig:
     snr_gamma: float | None = None  # Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); None means plain MSE
     rescale_weights: bool = False  # divide the Min-SNR weights by their mean over all timesteps
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    caption_orders: int = 1  # orders of a caption's parts between commas that training sees; the first part stays first
+    noise_offset: float = 0.0  # noise that a whole channel shares: pictures may then be darker or lighter as a whole
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False  # train the length of each weight row too (see helpers.lora.dora)
     targets: tuple[str, ...] = ATTENTION
     train_text_encoder: bool = False  # a LoRA on the text encoder's attention too, of the same rank and alpha
     seed: int = 0
+    lora_plus: float = 1.0  # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns so many times as fast as A
+    ema_decay: float = 0.0  # validate and keep the moving average of the weights (see helpers.training.steps)
     lr_warmup_steps: int = 0
     lr_schedule: str = "constant"  # "constant", "linear" or "cosine": what follows the warm-up, down to zero
     validation_epochs: int = 2  # validation pictures every so many epochs, and before the first and after the last step
@@ -53,14 +57,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "batch_size", "rank", "validation_epochs", "validation_seeds", "checkpoint_every")
-        for name in (*at_least_one, "keep_checkpoints", "gradient_accumulation_steps"):
+        for name in (*at_least_one, "keep_checkpoints", "gradient_accumulation_steps", "caption_orders"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("validation_steps", "lr_warmup_steps", "held_out_eval", "max_grad_norm", "weight_decay"):
+        not_negative = ("validation_steps", "lr_warmup_steps", "held_out_eval", "max_grad_norm", "weight_decay")
+        for name in (*not_negative, "noise_offset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, and is {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.alpha <= 0:
-            raise ValueError("learning_rate and alpha must be positive")
+        if self.learning_rate <= 0 or self.alpha <= 0 or self.lora_plus <= 0:
+            raise ValueError("learning_rate, alpha and lora_plus must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError("ema_decay must lie in [0, 1)")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.lora_dropout < 1:
             raise ValueError("caption_dropout must lie in [0, 1] and lora_dropout in [0, 1)")
         if self.use_dora and self.lora_dropout:
@@ -82,6 +89,7 @@ class DatasetSpec:
     unless image_column is another name than "image"; .txt captions need no columns.
     revision: of a hub dataset, a commit, tag or branch; None means what is there at the first download, which is then
     kept (see `helpers.base.hub`). licence, download_gb: what its source says, and of a hub dataset its size.
+    caption: of every picture that has none of its own, such as a trigger word.
     `train_rows` rows train; `held_out_rows` others only ever measure. 0 held-out rows means none. split: "first" trains
     on the first rows and measures on those after them; "alternate" trains on rows 0, 2, 4 … and measures on some of the
     rows in between, spread evenly, so that neither has a part of the dataset that the other lacks.
@@ -97,6 +105,7 @@ class DatasetSpec:
     split: str = "first"
     licence: str = ""
     download_gb: float = 0.0
+    caption: str = ""
 
 
 class Datasets(tuple):
@@ -138,7 +147,8 @@ class Preset:
     model: a folder in diffusers layout (relative to the repository, or absolute) when `revision` is None, else a
     repository of the Hugging Face hub at that revision; `mirrors` are (repository, revision) pairs, tried in order.
     dtype: of the U-Net's weights; "auto" is bfloat16 or float16 on a GPU, whichever it has, and float32 on a CPU.
-    trial: budgets so small that the pictures mean nothing.
+    trial: budgets so small that the pictures mean nothing. gates: what lessons claim of learning is tried at full
+    length nevertheless.
     validation_prompts: {dataset name: prompts}; figure_prompts: {figure name: prompts}.
     """
 
@@ -159,6 +169,7 @@ class Preset:
     control_prompts: int = 50  # for each control
     dtype: str = "float32"
     trial: bool = False
+    gates: bool = False
     licence: str = ""
     download_gb: float = 0.0  # of the model, as float32 safetensors
 

@@ -1,17 +1,25 @@
-"""What this machine's GPU can do, and one sentence for what is wrong with it."""
+"""What this machine's GPU, or its CPU, can do, and one sentence for what is wrong with it."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 
 from helpers.base.device import default_device
 from helpers.presets.configuration import Preset
-from helpers.presets.variants import MEMORY, get_preset
+from helpers.presets.memory import MEMORY, training_gib
+from helpers.presets.variants import get_preset
 
 HIDDEN = "torch sees no NVIDIA GPU, though its driver is here: is CUDA_VISIBLE_DEVICES set to hide it?"
+
+APPLE = (
+    "on an Apple GPU Stable Diffusion computes in float32, from the memory that the whole machine shares; nobody has "
+    "measured yet how long it takes"
+)
+FALLBACK = "what PyTorch cannot compute on an Apple GPU yet, the CPU does with PYTORCH_ENABLE_MPS_FALLBACK=1"
 
 
 def has_nvidia_gpu() -> bool:
@@ -48,34 +56,48 @@ def gpu_problem() -> str | None:
 
 
 def notes_without_gpu(preset: Preset) -> list[str]:
-    """What to know before Stable Diffusion runs on a CPU, where it works and takes much patience; [] elsewhere."""
-    if not preset.on_hub or preset.trial or default_device() != "cpu":
+    """What to know before Stable Diffusion runs without an NVIDIA GPU, where it takes much patience; [] with one."""
+    device = default_device()
+    if not preset.on_hub or preset.trial or device == "cuda":
         return []
+    short = [note] if (note := short_of_memory(preset)) else []
+    if device == "mps":
+        return [APPLE, FALLBACK, *short]
     waits = f"without a GPU, {preset.title} takes minutes for a picture and days to train"
-    return [waits, gpu_problem() or "`course doctor` says what suits this machine"]
+    return [waits, gpu_problem() or "`course doctor` says what suits this machine", *short]
+
+
+def short_of_memory(preset: Preset) -> str | None:
+    """What to take where main memory does not suffice to train a preset of Stable Diffusion; None where it does."""
+    needed, there = training_gib(preset, on_gpu=False), psutil.virtual_memory().total / 2**30
+    if needed <= there:
+        return None
+    base = preset.name.split("@")[0]
+    advice = f"take --preset {base}@8gb@256px" if preset.resolution > 256 else "take MiniSD, the preset 'mini'"
+    return (
+        f"training it takes about {needed:.0f} GiB, and this machine has {there:.0f}: {advice}, or its kernel may die"
+    )
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
-# GiB that a GPU tells of, from which on a variant fits; a "16 GB" T4 tells of 14.6.
-RUNGS = {"": 38.0, "24gb": 21.0, "16gb": 14.0, "12gb": 10.5, "8gb": 7.0}
-
-
-def rung_for(gpu_gib: float) -> str | None:
-    """The variant in MEMORY for a GPU of so much memory: "" where nothing need be saved, None for too little."""
-    return next((rung for rung, least in RUNGS.items() if gpu_gib >= least), None)
+def rung_for(preset_name: str, gpu_gib: float) -> str | None:
+    """The preset in the variant for a GPU of so much memory: itself where it fits as it is, None for too little."""
+    if gpu_gib >= training_gib(get_preset(preset_name)):
+        return preset_name
+    variants = [f"{preset_name}@{variant}" for variant, least in MEMORY.items() if gpu_gib >= least]
+    return next((name for name in variants if training_gib(get_preset(name)) <= gpu_gib), None)
 
 
 def next_lower(preset_name: str) -> str | None:
-    """The preset's variant that takes less memory than this one, or None when it is at the least already."""
+    """The preset's next variant that takes less memory than this one, or None when it is at the least already."""
     base, *variants = preset_name.split("@")
-    if not get_preset(base).on_hub:
+    preset = get_preset(preset_name)
+    if not preset.on_hub:
         return None
-    rungs = ["", *MEMORY]
-    now = next((variant for variant in variants if variant in MEMORY), "")
-    if now == rungs[-1]:
-        return None
-    others = [variant for variant in variants if variant != now]
-    return "@".join([base, rungs[rungs.index(now) + 1], *others])
+    others = [variant for variant in variants if variant not in MEMORY]
+    now = list(MEMORY).index(next(iter(set(variants) & MEMORY.keys()))) + 1 if set(variants) & MEMORY.keys() else 0
+    names = ["@".join([base, variant, *others]) for variant in list(MEMORY)[now:]]
+    return next((name for name in names if training_gib(get_preset(name)) < training_gib(preset)), None)
 
 
 def smaller(preset_name: str) -> str | None:
@@ -89,10 +111,10 @@ def smaller(preset_name: str) -> str | None:
 
 
 def out_of_memory(preset_name: str) -> str:
-    """What to do when the GPU's memory did not suffice."""
-    others = "close other programs on the GPU (see `nvidia-smi`)"
+    """What to do when the memory of the GPU, or of a machine that computes without one, did not suffice."""
+    others = "close other programs (those on an NVIDIA GPU `nvidia-smi` lists)"
     if lower := next_lower(preset_name):
         others = f"take --preset {lower}, which trains on smaller parts of a batch; or {others}"
     elif small := smaller(preset_name):
         others = f"take --preset {small}, for smaller pictures; or {others}"
-    return f"the GPU's memory does not suffice: {others}; or take MiniSD, the preset 'mini'"
+    return f"the memory does not suffice: {others}; or take MiniSD, the preset 'mini'"

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields, replace
 
 from helpers.presets.catalogue import PRESETS
-from helpers.presets.configuration import Datasets, Preset, TrainConfig
+from helpers.presets.configuration import ATTENTION, LINEAR, Datasets, Preset, TrainConfig
+from helpers.presets.memory import MEMORY, cut_to_fit
 
-# What a GPU of so much memory takes: every batch of 8 in parts, and activations computed twice where memory is short.
-# How much each takes is measured by `python -m benchmarks.gpu` (Stable Diffusion 2.1-base at 512 pixels).
-MEMORY: dict[str, dict] = {
-    "24gb": {"gradient_accumulation_steps": 2},
-    "16gb": {"gradient_accumulation_steps": 4},
-    "12gb": {"gradient_accumulation_steps": 8},
-    "8gb": {"gradient_accumulation_steps": 8, "gradient_checkpointing": True},
-}
 PRECISION: dict[str, dict] = {
     "fp32": {"dtype": "float32", "mixed_precision": "no"},
     "bf16": {"dtype": "bfloat16", "mixed_precision": "bf16"},
     "fp16": {"dtype": "float16", "mixed_precision": "fp16"},
 }
-VARIANTS = (*MEMORY, *PRECISION, "trial")
+# The settings of two trainers that many people know, to compare with the homework's.
+TRAINERS: dict[str, dict] = {
+    # diffusers' train_text_to_image_lora.py as its documentation calls it: 15,000 steps of 4 pictures
+    "hf": {
+        **{"steps": 15_000, "batch_size": 4, "rank": 4, "alpha": 4.0, "targets": ATTENTION, "learning_rate": 1e-4},
+        **{"lr_schedule": "cosine", "caption_dropout": 0.0, "validation_steps": 1500, "checkpoint_every": 500},
+    },
+    # the defaults of kohya's train_network.py, with its example's rate: alpha 1, the text encoder's attention too
+    "kohya": {
+        **{"steps": 1600, "batch_size": 1, "rank": 4, "alpha": 1.0, "targets": LINEAR, "learning_rate": 1e-4},
+        **{"lr_schedule": "constant", "caption_dropout": 0.0, "train_text_encoder": True, "validation_steps": 400},
+    },
+}
+VARIANTS = (*MEMORY, *PRECISION, *TRAINERS, "trial", "gates")
 
 
 def as_trial(preset: Preset) -> Preset:
@@ -55,14 +62,19 @@ def with_variant(preset: Preset, variant: str) -> Preset:
         raise ValueError(f"{variant!r} is for Stable Diffusion; MiniSD is small, and its trial is the preset 'smoke'")
     if variant == "trial":
         return as_trial(preset)
+    if variant == "gates":
+        return replace(preset, gates=True)
     if size:
         return replace(preset, resolution=size)
-    return replaced(preset, MEMORY.get(variant) or PRECISION[variant])
+    return (
+        cut_to_fit(preset, MEMORY[variant]) if variant in MEMORY else replaced(preset, (PRECISION | TRAINERS)[variant])
+    )
 
 
 def variant_kind(variant: str) -> str:
-    """What a variant chooses: "memory", "precision", "trial" or, as the sizes do, "size"."""
-    kinds = {"memory": MEMORY, "precision": PRECISION, "trial": ("trial",)}
+    """What a variant chooses: "memory", "precision", "trainer", "trial", "gates" or, as the sizes do, "size"."""
+    kinds: dict[str, Collection[str]] = {"memory": MEMORY, "precision": PRECISION, "trainer": TRAINERS}
+    kinds |= {"trial": ("trial",), "gates": ("gates",)}
     return next((kind for kind, known in kinds.items() if variant in known), "size")
 
 
@@ -91,6 +103,8 @@ def get_preset(name: str, **overrides) -> Preset:
     if twice := [variant for variant, kind in zip(variants, kinds, strict=True) if kinds.count(kind) > 1]:
         raise ValueError(f"the variants {' and '.join(twice)} of {name!r} contradict each other: take one of them")
     preset = PRESETS[base]
-    for variant in sorted(variants, key="trial".__eq__):  # a trial makes small what the others say
+    # What fits depends on size and precision; a trial makes small what the others say
+    order = ("size", "precision", "trainer", "memory", "gates", "trial")
+    for variant in sorted(variants, key=lambda variant: order.index(variant_kind(variant))):
         preset = with_variant(preset, variant)
     return replaced(replace(preset, name=name), overrides)

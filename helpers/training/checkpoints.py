@@ -2,7 +2,7 @@
 
     checkpoints/step-000950/
         adapter.safetensors      the LoRA matrices, as an adapter file that can be used by itself
-        optimizer.safetensors    AdamW's moments of each of them
+        optimizer.safetensors    AdamW's moments of each of them (and their moving average, if there is one)
         state.json               step, seconds spent, versions (and the loss scale in fp16)
 
 A checkpoint appears under its name when it is complete, and not before. No state of a random generator is kept: what
@@ -28,12 +28,13 @@ from helpers.base import provenance
 from helpers.base.files import new_folder, write_json_atomic
 from helpers.presets.configuration import TrainConfig
 from helpers.training.runs import Run, adapter_metadata
+from helpers.training.steps import AVERAGE
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter
 
 
 def named_parameters(parts: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The LoRA parameters of the trained parts ("unet", "text_encoder") by name, in the optimizer's order."""
+    """The LoRA parameters of the trained parts ("unet", "text_encoder") by name, in the models' order."""
     return {
         f"{part}.{name}": parameter
         for part, model in parts.items()
@@ -90,8 +91,11 @@ def load_checkpoint(run: Run, step: int, parts: dict[str, nn.Module], optimizer,
         for name, layer in loading.with_prefix(part, model, adapter.of(part)).items():
             weights |= {f"{part}.{name}.{kind}": tensor for kind, tensor in layer.tensors().items()}
     parameters, loaded = named_parameters(parts), {}
-    for i, (name, parameter) in enumerate(parameters.items()):
-        loaded[i] = {kind: moments[f"{name}.{kind}"] for kind in MOMENTS}
+    place = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for name, parameter in parameters.items():
+        i = place[id(parameter)]
+        kinds = [*MOMENTS, AVERAGE] if f"{name}.{AVERAGE}" in moments else MOMENTS
+        loaded[i] = {kind: moments[f"{name}.{kind}"] for kind in kinds}
         if not loaded[i]["exp_avg"].shape == weights[name].shape == parameter.shape:
             raise ValueError(f"{name} or its optimizer state has the wrong shape")
     if scaler is not None and "scaler" in state:  # begun in another precision: this one's scale starts anew

@@ -106,10 +106,16 @@ def draw_step(config: TrainConfig, cache: LatentCache, step: int, num_train_time
     # z = mean + std * n, n ~ N(0, 1): a sample of the VAE's posterior, new at every visit of the picture
     latents = mean + std * torch.randn(mean.shape, generator=generator("posterior"))
     noise = torch.randn(mean.shape, generator=generator("noise"))
+    if config.noise_offset:
+        # the same number for a whole channel of a picture
+        noise = noise + config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator("noise offset"))
     timesteps = torch.randint(num_train_timesteps, (len(indices),), generator=generator("timesteps"))
     # Without a caption now and then, the U-Net keeps knowing what guidance needs: pictures of anything
     dropped = torch.rand(len(indices), generator=generator("dropout")) < config.caption_dropout
     rows = cache.caption_index[indices]
+    if rows.ndim == 2:  # several orders of each caption: one of them, new at every visit of the picture
+        order = torch.randint(rows.shape[1], (len(rows), 1), generator=generator("caption order"))
+        rows = rows.gather(1, order).squeeze(1)
     states = torch.where(dropped[:, None, None], cache.empty_embedding, cache.caption_embeddings[rows]).float()
     input_ids = torch.where(dropped[:, None], cache.empty_ids, cache.caption_ids[rows])
     return StepDraw(indices, latents, noise, timesteps, states, input_ids)

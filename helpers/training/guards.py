@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from helpers.base import paths
+from helpers.base.errors import is_out_of_memory
 from helpers.data.caches import LatentCache
 from helpers.diffusion.components import Components
 from helpers.presets import machine
@@ -74,10 +74,12 @@ def locked(run: Run) -> Iterator[None]:
 
 @contextmanager
 def memory_errors(preset: Preset) -> Iterator[None]:
-    """CUDA's out of memory as one sentence that says which settings take less."""
+    """Out of memory, of whatever device, as one sentence that says which settings take less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # CUDA raises a kind of its own, an Apple GPU and a CPU this one
+        if not is_out_of_memory(type(error).__name__, str(error)):
+            raise
         raise TrainingError(machine.out_of_memory(preset.name)) from error
 
 

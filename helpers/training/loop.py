@@ -11,6 +11,7 @@ batch, and the first of them writes. Nothing here knows how many there are but `
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import warnings
@@ -56,7 +57,14 @@ from helpers.training.runs import (
     run_config,
     run_dir,
 )
-from helpers.training.steps import injected, new_accelerator, trained_parts, training_step
+from helpers.training.steps import (
+    averaged,
+    injected,
+    new_accelerator,
+    trained_parts,
+    training_step,
+    update_average,
+)
 from helpers.training.tracking import Tracker
 from helpers.training.validation import held_out_loss, validation_latents, validation_pairs, validation_steps
 
@@ -97,14 +105,18 @@ class Loop:
     @property
     def counts(self) -> dict[str, int]:
         """How many pictures and captions there are, and how many of them are empty or too long."""
-        captions = [self.cache.captions[i] for i in self.cache.caption_index.tolist()]
+        captions = [self.cache.captions[i] for i in self.cache.as_written.tolist()]
         return data.describe_captions(self.components, captions)
 
     def step(self, optimizer: torch.optim.Optimizer, step: int) -> dict:
         """Draw step `step`, train on it, and return its line of metrics.jsonl."""
         draw = draw_step(self.config, self.cache, step, len(self.components.noise_scheduler.alphas_cumprod))
         metrics = training_step(self.components, optimizer, draw, self.config, step, self.accelerator)
-        return {"step": step, "epoch": step // self.epoch_steps, **metrics}
+        if self.config.ema_decay:
+            update_average(optimizer, self.config.ema_decay, step)
+        line = {"step": step, "epoch": step // self.epoch_steps, **metrics}
+        # fp16: the gradient overflowed, so the scaler took no step; JSON has no infinity
+        return line if math.isfinite(metrics["grad_norm"]) else line | {"grad_norm": None, "skipped": True}
 
 
 # --- validation --------------------------------------------------------------------------------------------------
@@ -158,7 +170,7 @@ def train_loop(loop: Loop, optimizer: torch.optim.Optimizer, tracker: Tracker, p
         for step in range(state["step"], config.steps + 1):
             last, validated = step == config.steps, step in validations
             if loop.writes and validated and not (run.validation_dir(step) / "metrics.json").exists():
-                with loop.accelerator.autocast():
+                with loop.accelerator.autocast(), averaged(optimizer):
                     validate(loop, step, tracker)
             due = last or step % config.checkpoint_every == 0 or (validated and step == run.best_step())
             if loop.writes and due and step > state["step"]:
@@ -193,7 +205,8 @@ def finish(loop: Loop, seconds: float) -> None:
     hashes = dict(run.config["hashes"], adapter=provenance.tensor_hash(load_file(run.adapter)))
     if loop.prompts:
         hashes["initial_latents"] = provenance.tensor_hash({"latents": run.initial_latents()})
-    losses = [line["loss"] for line in run.metrics()]
+    lines = run.metrics()
+    losses = [line["loss"] for line in lines]
     recent = losses[-min(100, len(losses)) :]
     done = {
         "preset": run.preset,
@@ -201,6 +214,7 @@ def finish(loop: Loop, seconds: float) -> None:
         "key": run.key,
         "model": loop.components.title,
         "steps": loop.config.steps,
+        "skipped_steps": sum("skipped" in line for line in lines),
         "pictures": loop.counts,
         "lora_parameters": sum(p.numel() for part in parts.values() for p in lora.lora_parameters(part)),
         "losses": {"first": losses[0], "last": losses[-1], "mean_of_last_100": sum(recent) / len(recent)},
@@ -222,12 +236,12 @@ def load_caches(
     folder = runs_folder() / "cache"
     code = provenance.code_hash(*caches.CODE)
 
-    def key(split: str, rows: int) -> str:  # it changes with whatever the numbers depend on
+    def key(split: str, rows: int, orders: int = 1) -> str:  # it changes with whatever the numbers depend on
         parts = hashes["weights"], hashes["data"], code, preset.resolution, preset.dtype, spec.name
-        return digest([*parts, split, rows])
+        return digest([*parts, split, rows, orders])
 
-    train_set = data.load_pictures(spec, "train", preset.resolution)
-    cache = build_cache(components, train_set, folder, key("train", len(train_set)))
+    train_set, orders = data.load_pictures(spec, "train", preset.resolution), preset.train.caption_orders
+    cache = build_cache(components, train_set, folder, key("train", len(train_set), orders), orders)
     if not spec.held_out_rows or not wanted:
         return cache, None
     held_out = data.load_pictures(spec, "held_out", preset.resolution)
@@ -301,7 +315,8 @@ def train_and_file(loop: Loop, tracker: str | Sequence[str] | None, progress: bo
         with injected(loop.components, loop.config, loop.accelerator) as optimizer:
             seconds = train_loop(loop, optimizer, tracked, shown)
             if loop.writes:
-                finish(loop, seconds)
+                with averaged(optimizer):
+                    finish(loop, seconds)
             loop.accelerator.wait_for_everyone()
     finally:
         tracked.finish()

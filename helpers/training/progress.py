@@ -42,6 +42,7 @@ class Progress:
         self.run, self.config, self.device, self.writes = run, config, device, writes
         self.tracker, self.show_bar, self.on_log = tracker, bar, on_log
         self.loss = self.seconds = 0.0
+        self.skipped = 0  # steps that fp16 did not take, since started
 
     @contextmanager
     def started(self, step: int) -> Iterator[None]:
@@ -64,13 +65,17 @@ class Progress:
         self.loss += new * (metrics["loss"] - self.loss)
         self.seconds += new * (seconds - self.seconds)
         speed = self.config.batch_size / max(self.seconds, 1e-9)
-        sent = {key: value for key, value in metrics.items() if key != "step"} | {"pictures_per_second": speed}
+        self.skipped += "skipped" in metrics
+        sent = {key: value for key, value in metrics.items() if key != "step" and value is not None}
+        sent["pictures_per_second"] = speed
         self.tracker.log(sent, step)
         if note := self.tracker.take_note():
             metrics["note"] = note
         self.file.write(json.dumps(metrics) + "\n")
         memory = f"{memory_in_use(self.device) / 2**30:.1f} GiB"
-        self.bar.set_postfix(loss=f"{self.loss:.3f}", pictures=f"{speed:.1f}/s", memory=memory, refresh=False)
+        shown = {"loss": f"{self.loss:.3f}", "pictures": f"{speed:.1f}/s", "memory": memory}
+        shown |= {"skipped": str(self.skipped)} if self.skipped else {}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if self.on_log is not None:
             self.on_log(step, metrics)

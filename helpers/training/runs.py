@@ -119,7 +119,10 @@ class Run:
         return self.dir / "adapter" / ADAPTER_FILE
 
     def metrics(self) -> list[dict]:
-        """One dict a step: step (0 … steps - 1), epoch, loss, lr, grad_norm, mean_timestep. Skips a torn last line."""
+        """One dict a step: step (0 … steps - 1), epoch, loss, lr, grad_norm, mean_timestep. Skips a torn last line.
+
+        A step that fp16 did not take, since its gradient overflowed, has grad_norm None and "skipped".
+        """
         path = self.dir / "metrics.jsonl"
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():

@@ -68,7 +68,8 @@ def loss_by_timestep(components: Components, cache: LatentCache, seed: int = 0, 
             noisy = add_noise(x, n, timesteps, alphas_cumprod)
             output = unet(noisy.to(dtype), timesteps, c.to(dtype)).sample.float()
             target = diffusion_target(kind, x, n, timesteps, alphas_cumprod)
-            losses[rows, column] = (output - target).square().mean(dim=(1, 2, 3)).double().cpu()
+            # the CPU's first, float64 then: an Apple GPU has no float64
+            losses[rows, column] = (output - target).square().mean(dim=(1, 2, 3)).cpu().double()
     return losses
 
 
@@ -82,4 +83,4 @@ def caption_states(components: Components, cache: LatentCache) -> Tensor:
     embeddings = cache.caption_embeddings
     if components.text_encoder is not None and lora.lora_layers(components.text_encoder):
         embeddings = encode_tokens(components, cache.caption_ids).cpu()
-    return embeddings[cache.caption_index].float()
+    return embeddings[cache.as_written].float()

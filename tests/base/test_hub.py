@@ -115,6 +115,27 @@ def test_either_of_two_files_will_do(tmp_path):
     hub.check_complete(tmp_path, ["vocab.json|tokenizer.json"])
 
 
+def test_a_file_that_arrived_damaged_is_deleted_and_named(cache, downloads):
+    """The client names a large file by the SHA-256 that the hub publishes, and compares sizes only."""
+    downloads["a/b"] = FILES
+    found = fetch("it", [("a/b", COMMIT)])
+    hub.check_hashes(found.folder)
+    file = found.folder / "unet/model.safetensors"
+    blob = file.resolve()
+    blob.write_bytes(b"weighty")
+    with pytest.raises(HubError, match=r"unet/model.safetensors arrived damaged: the same command downloads it again"):
+        hub.check_hashes(found.folder)
+    assert not blob.exists() and not file.is_symlink()
+    hub.check_hashes(found.folder)  # the others are whole
+
+
+def test_a_download_is_compared_with_its_hashes(downloads, monkeypatch):
+    downloads["a/b"] = FILES
+    monkeypatch.setattr(hub, "file_hash", lambda path: "0" * 64)
+    with pytest.raises(HubError, match="arrived damaged"):
+        fetch("it", [("a/b", COMMIT)])
+
+
 def test_mirrors_are_asked_in_order(downloads):
     downloads.update({"a/b": errors.RepositoryNotFoundError("gone", response=response(404)), "c/d": FILES})
     found = fetch("it", [("a/b", COMMIT), ("c/d", OTHER)])

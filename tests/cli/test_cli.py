@@ -314,13 +314,15 @@ def trained(monkeypatch, tmp_path):
 
     def train(preset, name, from_scratch, force, tracker, device):
         calls.append({"preset": preset, "spec": preset.datasets[name], "config": preset.train, "tracker": tracker})
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "done.json").write_text(json.dumps({"steps": 7, "skipped_steps": trained.skipped}))
         return runs.Run(tmp_path / "run", preset.name, name, "key", trained.source)
 
     def trained(*arguments):
         assert cli.main(["train", *map(str, arguments)]) == 0
         return calls[-1]
 
-    trained.source = "trained now"
+    trained.source, trained.skipped = "trained now", 0
     monkeypatch.setattr(training, "train", train)
     return trained
 
@@ -385,7 +387,7 @@ def test_train_takes_a_hub_dataset(trained, monkeypatch, tmp_path, capsys):
     copy = hub.Copy(tmp_path, "some-one/pokemon.blip", "c" * 40)
     monkeypatch.setattr(hub, "fetch", lambda what, repositories, *args, **settings: asked.append(*repositories) or copy)
     spec = trained("--data", "some-one/pokemon.blip", "--revision", "abc", "--held-out", "2")["spec"]
-    assert asked == [("some-one/pokemon.blip", "abc")]
+    assert set(asked) == {("some-one/pokemon.blip", "abc")}
     assert (spec.name, spec.source, spec.revision) == ("pokemon_blip", "hub:some-one/pokemon.blip", "abc")
     assert (spec.train_rows, spec.held_out_rows) == (3, 2)
     assert "some-one/pokemon.blip of the Hugging Face hub" in capsys.readouterr().out
@@ -393,6 +395,16 @@ def test_train_takes_a_hub_dataset(trained, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some-one" / "pokemon.blip").mkdir(parents=True)
     assert spec_of("--data", "some-one/pokemon.blip").source.startswith("folder:"), "what is here comes first"
+
+
+def test_shapes_and_skipped_steps_are_told(trained, pictures, capsys):
+    trained.skipped = 3
+    spec = trained("--data", pictures, "--dataset", "mine", "--caption", " in zwx style ")["spec"]
+    said = capsys.readouterr().out
+    assert spec.caption == "in zwx style" and "mine: 0 tall, 0 wide, 3 square" in said
+    assert "skipped: 3 of 7 steps, whose gradients overflowed in fp16" in said
+    assert cli.main(["train", "--dataset", "doodles", "--caption", "zwx"]) == 1
+    assert "--caption goes with --data" in capsys.readouterr().err
 
 
 def test_settings_have_options_of_their_own(trained):

@@ -16,7 +16,7 @@ ALL = frozenset({"sd21-base", "doodles", "vintage", "clip"})
 
 @pytest.mark.parametrize(
     ("gib", "preset"),
-    [(79.2, "sd21-base"), (39.4, "sd21-base"), (23.6, "sd21-base@24gb"), (14.6, "sd21-base@16gb"),
+    [(79.2, "sd21-base"), (39.4, "sd21-base"), (23.6, "sd21-base"), (14.6, "sd21-base@16gb"),
      (11.6, "sd21-base@12gb"), (7.6, "sd21-base@8gb"), (5.8, "mini"), (0, "mini")]
 )  # fmt: skip
 def test_each_gpu_gets_the_variant_that_fits(gib, preset):

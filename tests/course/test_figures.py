@@ -1,6 +1,7 @@
 """Figures: nothing clipped, nothing overlapping, readable when printed, the same bytes every time, alt text kept."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -199,6 +200,14 @@ def test_smoothing_has_no_bias():
     assert smooth([1.0, 5.0], 0.0) == pytest.approx([1.0, 5.0])
     with pytest.raises(ValueError, match="below 1"):
         smooth([1.0], 1.0)
+
+
+@pytest.mark.parametrize("missing", [None, math.inf, math.nan])
+def test_a_value_that_is_missing_leaves_a_gap_and_no_more(missing):
+    """fp16 skips a step whose gradient overflows: the rest of the curve must stay."""
+    smoothed = smooth([1.0, missing, 2.0], 0.5)
+    assert np.isnan(smoothed[1]) and smoothed[[0, 2]] == pytest.approx(smooth([1.0, 2.0], 0.5))
+    curves({"norm": (range(3), [1.0, missing, 2.0])}, log=True)
 
 
 def test_curves_draw_raw_and_smoothed_lines_that_differ_in_dashes():

@@ -21,7 +21,8 @@ from PIL import Image
 from helpers.base import hub
 from helpers.base.errors import DataError
 from helpers.data import loading as data
-from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture
+from helpers.data.fingerprint import data_fingerprint
+from helpers.data.loading import caption_sentence, describe_captions, load_pictures, read_picture, shape_sentence
 from helpers.diffusion.pictures import to_tensor
 from helpers.presets.configuration import DatasetSpec
 from helpers.presets.variants import get_preset
@@ -667,3 +668,37 @@ def test_a_caption_is_cut_when_tokenize_would_cut_it(tiny):
 def test_the_sentence_about_captions(numbers, sentence):
     names = ("pictures", "different_captions", "empty_captions", "cut_captions")
     assert caption_sentence(dict(zip(names, numbers, strict=True))) == sentence
+
+
+def test_shapes_are_counted_and_what_the_crop_cuts_off(tmp_path):
+    for number, size in enumerate([(40, 80), (100, 80), (64, 64), (64, 62)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    turned = Image.new("RGB", (100, 50))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # by a quarter: it is shown tall
+    turned.save(tmp_path / "4.jpg", exif=exif)
+    (tmp_path / "4.txt").write_text("a picture")
+    said = shape_sentence(load_pictures(spec_of(tmp_path)))
+    # 1/2 + 1/5 + 0 + 1/32 + 1/2 of five pictures
+    assert said == "2 tall, 1 wide, 2 square; the square crop cuts off 25% of their area on average, 50% at most"
+    assert shape_sentence(load_pictures(DatasetSpec("d", "drawn:doodles"), size=64).select(range(3))) == (
+        "0 tall, 0 wide, 3 square"
+    )
+
+
+def test_one_caption_for_pictures_without_one(tmp_path):
+    save_pictures(tmp_path)
+    with pytest.raises(DataError, match="--caption"):
+        load_pictures(spec_of(tmp_path))
+    (tmp_path / "1.txt").write_text("a cat")
+    (tmp_path / "2.txt").write_text("  ")
+    trigger = spec_of(tmp_path, caption="in sks style")
+    assert list(load_pictures(trigger)["text"]) == ["in sks style", "a cat", "in sks style"]
+    assert data_fingerprint(trigger, 64) != data_fingerprint(replace(trigger, caption="another"), 64)
+
+
+def test_one_caption_for_rows_without_one(tmp_path):
+    save_pictures(tmp_path, 2)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,\n1.png,a dog\n")
+    assert list(load_pictures(spec_of(tmp_path, caption="sks"))["text"]) == ["sks", "a dog"]

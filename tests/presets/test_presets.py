@@ -167,7 +167,9 @@ def test_a_variant_changes_memory_and_precision_and_nothing_else():
     plain, variant = get_preset("sd21-base"), get_preset("sd21-base@8gb@fp16")
     assert variant.name == "sd21-base@8gb@fp16" and plain.train.mixed_precision == plain.dtype == "auto"
     assert (variant.dtype, variant.train.mixed_precision) == ("float16", "fp16")
-    assert variant.train.gradient_checkpointing and not plain.train.gradient_checkpointing
+    assert variant.train.gradient_accumulation_steps == 8 and plain.train.gradient_accumulation_steps == 1
+    assert not variant.train.gradient_checkpointing, "at 512 pixels a picture at a time fits without it"
+    assert get_preset("sd21@8gb").train.gradient_checkpointing
     own = {"name": plain.name, "dtype": plain.dtype}
     settings = {"mixed_precision": "auto", "gradient_checkpointing": False, "gradient_accumulation_steps": 1}
     assert dataclasses.replace(variant, train=dataclasses.replace(variant.train, **settings), **own) == plain
@@ -195,7 +197,10 @@ def test_a_trial_is_the_same_in_two_steps():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sd21-base@10gb", "unknown variant '10gb' of a preset; known: 24gb, 16gb, .*trial, and sizes"),
+        (
+            "sd21-base@10gb",
+            "unknown variant '10gb' of a preset; known: 24gb, .*hf, kohya, trial, gates, and sizes",
+        ),
         ("sd21-base@100px", "unknown variant '100px'"),
         ("sd21-base@px", "unknown variant 'px'"),
         ("sd21-base@8gb@24gb", "the variants 8gb and 24gb of 'sd21-base@8gb@24gb' contradict each other"),
@@ -209,3 +214,24 @@ def test_a_trial_is_the_same_in_two_steps():
 def test_variants_that_are_not_there_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         get_preset(name)
+
+
+@pytest.mark.parametrize(("trainer", "seen"), [("hf", 60_000), ("kohya", 1600)])
+def test_the_settings_of_other_trainers_by_name(trainer, seen):
+    plain, other = get_preset("sd15"), get_preset(f"sd15@{trainer}")
+    assert other.train.steps * other.train.batch_size == seen and other.train.rank == 4
+    assert dataclasses.replace(other, train=plain.train, name=plain.name) == plain, "only the training differs"
+    assert other.train.caption_dropout == 0.0 and other.train.alpha == {"hf": 4.0, "kohya": 1.0}[trainer]
+    assert get_preset(f"sd15@8gb@{trainer}").train == get_preset(f"sd15@{trainer}@8gb").train
+    with pytest.raises(ValueError, match="hf and kohya of .* contradict each other"):
+        get_preset("sd15@hf@kohya")
+    with pytest.raises(ValueError, match="is for Stable Diffusion"):
+        get_preset(f"mini@{trainer}")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lora_plus": 0.0}, {"ema_decay": 1.0}, {"noise_offset": -0.1}, {"caption_orders": 0}], ids=str
+)
+def test_more_settings_that_make_no_sense(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        get_preset("mini", **bad)

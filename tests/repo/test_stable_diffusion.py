@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from helpers import lora
@@ -27,7 +28,8 @@ from helpers.base.paths import ROOT
 from helpers.course import notebooks
 from helpers.course.results import read
 from helpers.data.fingerprint import data_fingerprint
-from helpers.diffusion.components import ComponentsError, load_components
+from helpers.diffusion import components
+from helpers.diffusion.components import UNET, UNET_FP16, ComponentsError, load_components
 from helpers.diffusion.pictures import to_latents
 from helpers.diffusion.sampling import generate
 from helpers.diffusion.text import encode_prompts, tokenize
@@ -336,6 +338,8 @@ def test_the_download_sizes_that_are_told(model):
     parts = ("unet", "vae", "text_encoder")
     numbers = sum(p.numel() for part in parts for p in build_part(model, part).parameters())
     assert PRESETS[model].download_gb == pytest.approx(4e-9 * numbers, abs=0.06)
+    of_unet = sum(p.numel() for p in build_part(model, "unet").parameters())
+    assert components.UNET_SAVED_GB == pytest.approx(2e-9 * of_unet, abs=0.06)
 
 
 # --- whose copy it is --------------------------------------------------------------------------------------------
@@ -357,7 +361,7 @@ def test_runs_know_revision_commit_and_ones_own_copy(offline, tmp_path, monkeypa
 
 
 def test_a_new_commit_of_an_unpinned_dataset_is_another_run(home, tmp_path, monkeypatch):
-    spec = get_preset("sd21-base@trial").datasets["doodles"]
+    spec = get_preset("sd21-base@trial").datasets["vintage"]
     repository = spec.source.partition(":")[2]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -374,3 +378,42 @@ def test_what_is_not_in_the_cache_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="Stable Diffusion 2.1-base .*sd2-community.*stabilityai.*HF_HUB_OFFLINE"):
         loaded("sd21-base")
+
+
+def stored_in_half(offline, model, folder):
+    """A copy of one's own whose U-Net is stored in float16 only."""
+    target = own_copy(offline, model, folder)
+    whole, half = (target / name for name in (UNET, UNET_FP16))
+    save_file({name: tensor.half() for name, tensor in load_file(whole).items()}, half)
+    whole.unlink()
+    return target
+
+
+def test_a_u_net_stored_in_float16_is_enough_for_float16_and_for_nothing_else(offline, tmp_path, monkeypatch):
+    whole = load_components(get_preset("sd15@trial@fp16"), "cpu")
+    stored_in_half(offline, "sd15", tmp_path / "own")
+    monkeypatch.setenv("COURSE_LOCAL", str(tmp_path / "own"))
+    half = load_components(get_preset("sd15@trial@fp16"), "cpu")
+    states = half.unet.state_dict(), whole.unet.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1]), "the numbers that rounding gives"
+    assert {half.vae.dtype, half.text_encoder.dtype} == {torch.float32} and half.unet.dtype == torch.float16
+    for precision in ("", "@bf16"):
+        with pytest.raises(HubError, match="unet/diffusion_pytorch_model.safetensors"):
+            load_components(get_preset(f"sd15@trial{precision}"), "cpu")
+
+
+def test_float16_downloads_the_smaller_u_net(monkeypatch):
+    asked = []
+
+    def fetch(what, repositories, kind, patterns, needed, gigabytes):
+        asked.append((patterns, needed, gigabytes))
+        raise HubError("not there")
+
+    monkeypatch.setattr(components.hub, "fetch", fetch)
+    for half in (True, False):
+        with pytest.raises(HubError):
+            components.find_model(get_preset("sd15"), half)
+    (small, either, least), (large, whole, most), again = asked
+    assert UNET_FP16 in small and UNET not in small and least == pytest.approx(most - 1.7)
+    assert UNET in large and UNET_FP16 not in large and UNET in whole and f"{UNET}|{UNET_FP16}" in either
+    assert again == asked[1], "and a repository without it sends the whole one"

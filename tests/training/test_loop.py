@@ -1,5 +1,7 @@
 """The training loop: what a run leaves behind, and what stops it."""
 
+import json
+import math
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from helpers.adapters.reading import read_adapter
 from helpers.base import provenance
 from helpers.presets.configuration import TrainConfig
 from helpers.presets.variants import get_preset
+from helpers.training import loop
 from helpers.training.loop import train
 from helpers.training.progress import Progress, memory_in_use
 from helpers.training.runs import Run, is_finished
@@ -161,3 +164,22 @@ def test_a_process_that_does_not_write_writes_nothing(tmp_path, capsys):
     with progress.started(0):
         progress.log(0, {"step": 0, "loss": 1.0}, 1.0)
     assert not list(tmp_path.iterdir()) and not tracker.logged and capsys.readouterr() == ("", "")
+
+
+def test_steps_that_fp16_skips_are_counted_and_leave_json_without_infinity(preset, tiny, monkeypatch, capsys):
+    real = loop.training_step
+
+    def overflowing(components, optimizer, draw, config, step, accelerator):
+        metrics = real(components, optimizer, draw, config, step, accelerator)
+        return metrics | {"grad_norm": math.inf} if step in (2, 5) else metrics
+
+    monkeypatch.setattr(loop, "training_step", overflowing)
+    run = train(preset, "own", components=tiny)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [2, 5] and lines[2]["grad_norm"] is None
+    assert run.done["skipped_steps"] == 2 and run.done["steps"] == STEPS
+    assert "skipped=2" in capsys.readouterr().err
