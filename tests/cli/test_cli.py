@@ -572,5 +572,6 @@ def waiting(module, **said):
 
 
 def test_threads_wait_asleep_unless_told_otherwise():
-    assert waiting("json") == "None" and waiting("helpers.cli") == "passive"
+    """Under the command, and in a notebook's first cell."""
+    assert waiting("json") == "None" and waiting("helpers.cli") == waiting("helpers.course") == "passive"
     assert waiting("helpers.cli", OMP_WAIT_POLICY="active") == "active"
