@@ -25,6 +25,7 @@ from benchmarks.gpu_plan import (
     BASE,
     COMPILED,
     ENCODING,
+    FASTER,
     LARGEST,
     RANK,
     STOCK,
@@ -55,7 +56,7 @@ CODE = {
         *("training.steps", "training.draws", "training.loop", "lora.layer", "lora.injection"),
         *("diffusion.sampling", "diffusion.components", "diffusion.schedule", "presets.sd_configs"),
     ),
-    "benchmarks": ("gpu", "gpu_loops", "gpu_model", "gpu_plan", "loops"),
+    "benchmarks": ("gpu", "gpu_loops", "gpu_model", "gpu_plan", "gpu_ways", "loops"),
 }
 PACKAGES = ("peft", "accelerate")
 # To try the benchmark itself: seconds on a CPU
@@ -117,7 +118,8 @@ def settings_of(point: Point) -> dict:
     """What distinguishes the point from others."""
     config = point.preset.train
     names = ("rank", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile")
-    return {"kind": point.kind, "precision": point.precision, **{name: getattr(config, name) for name in names}}
+    ways = {"ways": list(point.ways)} if point.ways else {}
+    return {"kind": point.kind, "precision": point.precision, **{name: getattr(config, name) for name in names}, **ways}
 
 
 # --- what follows from it ----------------------------------------------------------------------------------------
@@ -174,6 +176,7 @@ def measures(points: dict[str, dict], ceiling: float) -> dict[str, dict]:
         "compile_vs_stock": times_as_fast(COMPILED, STOCK),
         "rank_64_vs_rank_1": times_as_fast("rank 1", "rank 64"),  # = time of a step at rank 64 / at rank 1
         "drift": times_as_fast(AGAIN, BASE),
+        **{f"{name} vs {BASE}": times_as_fast(name, BASE) for name in FASTER},
     }
     if (share := ceiling_share(LARGEST)) is not None:
         compiled = ceiling_share(f"compile, {LARGEST}")
@@ -241,6 +244,8 @@ def line(point: dict, record: dict) -> str:
         return f"{1e3 * point['seconds_per_picture']:.1f} ms a picture"
     if point["kind"] == "sampling":
         return f"{point['ours']:.2f} pictures/s, stock {point['stock']:.2f}, ratio {point['ratio']:.3f}"
+    if point["kind"] == "drawing":
+        return f"{point['way']:.2f} pictures/s, as the course draws {point['course']:.2f}, ratio {point['ratio']:.3f}"
     if point["kind"] == "rung":
         peaks = ", ".join(f"{phase} {gigabytes(point[phase])}" for phase in ("training", "validation"))
         return f"{1e3 * point['training']['step_seconds']:.1f} ms a step, {peaks}"

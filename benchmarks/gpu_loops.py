@@ -25,9 +25,11 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor
 
 from benchmarks.gpu_model import build_model, random_pixels, step_operations
+from benchmarks.gpu_ways import FREE_MEMORY, pictures_at_once, within
 from benchmarks.loops import CourseLoop, StockLoop, preset_loop
 from benchmarks.pair import BATCHES, adapt, random_cache
 from benchmarks.timing import Stopwatch, Trains, compare, time_in_turn
+from helpers import lora
 from helpers.diffusion.components import Components, as_pipeline
 from helpers.diffusion.pictures import to_latents, to_pictures
 from helpers.diffusion.sampling import initial_latents, sample
@@ -70,12 +72,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """One thing to be measured. kind: a key of `KINDS`. preset: its settings; `batch` pictures are drawn at once."""
+    """One thing to be measured. kind: a key of `KINDS`. preset: its settings; `batch` pictures are drawn at once.
+
+    ways: of `benchmarks.gpu_ways`, in which the course does not work and might.
+    """
 
     name: str
     kind: str
     preset: Preset
     batch: int = 0
+    ways: tuple[str, ...] = ()
 
     @property
     def precision(self) -> str:
@@ -161,10 +167,10 @@ def matmul_ceiling(bench: Bench, dtype: torch.dtype) -> float:
 
 @contextmanager
 def course_side(point: Point, model: Components, seed: int) -> Iterator[CourseLoop]:
-    """The course's loop on random latents, compiled if the settings say so."""
+    """The course's loop on random latents, compiled if the settings say so, in the point's ways."""
     cache = random_cache(model, BATCHES * point.preset.train.batch_size, seed)
     with tempfile.TemporaryDirectory() as folder, preset_loop(point.preset, cache, Path(folder), model) as course:
-        with training.training_forward(course.loop) as forward:
+        with training.training_forward(course.loop) as forward, within(point.ways, model, HALF[point.precision]):
             yield replace(course, loop=forward)
 
 
@@ -281,14 +287,56 @@ def drawing_sides(point: Point, model: Components, settings: Settings) -> dict[s
 def measure_sampling(point: Point, model: Components, bench: Bench) -> dict:
     """Pictures a second of both samplers, in turn, and the peak of each."""
     model.unet.eval()
-    sides, peaks = drawing_sides(point, model, bench.settings), {}
+    return time_drawing(drawing_sides(point, model, bench.settings), point.batch, bench)
+
+
+def time_drawing(sides: dict[str, Repeats], pictures: int, bench: Bench) -> dict:
+    """Pictures a second of two sides that draw so many, in turn, their ratio, and the peak of each."""
+    peaks = {}
     for name, side in sides.items():
         bench.meter.reset()
         side.train(1)
         peaks[name] = bench.meter.read()
     seconds = time_in_turn(sides, bench.settings.drawings, 1, 0, bench.device)
-    rates = {name: [point.batch / block for block in blocks] for name, blocks in seconds.items()}
-    return {**compare(rates, "ours", "stock"), "peaks": peaks}
+    rates = {name: [pictures / block for block in blocks] for name, blocks in seconds.items()}
+    return {**compare(rates, *sides), "peaks": peaks}
+
+
+@contextmanager
+def adapter_for_drawing(point: Point, model: Components, seed: int) -> Iterator[None]:
+    """Within the block the U-Net has an adapter as a finished run leaves it: B is not zero any more."""
+    config = point.preset.train
+    with seeded(seed, "adapter", 0, model.device):
+        adapt("ours", model.unet, config)
+        for layer in lora.lora_layers(model.unet).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.01)
+    try:
+        yield
+    finally:
+        lora.remove(model.unet)
+
+
+def adapted_sides(point: Point, model: Components, settings: Settings) -> dict[str, Repeats]:
+    """Drawing `batch` pictures with an adapter in the point's ways, and as the course does."""
+    prompts, latents = ["a drawing"] * point.batch, initial_latents(model, range(point.batch))
+    steps, guidance = settings.sampling_steps, point.preset.guidance_scale
+    at_once = pictures_at_once(model, point.batch) if FREE_MEMORY in point.ways else None
+
+    def draw(batch_size: int | None = None) -> Tensor:
+        return to_pictures(model, sample(model, prompts, latents, steps, guidance, batch_size=batch_size))
+
+    def in_ways() -> Tensor:
+        with within(point.ways, model, HALF[point.precision]):
+            return draw(at_once)
+
+    return {"way": Repeats(in_ways), "course": Repeats(draw)}
+
+
+def measure_drawing(point: Point, model: Components, bench: Bench) -> dict:
+    """Pictures a second with an adapter in other ways and as the course draws, in turn, and the peak of each."""
+    model.unet.eval()
+    with adapter_for_drawing(point, model, bench.settings.seed):
+        return time_drawing(adapted_sides(point, model, bench.settings), point.batch, bench)
 
 
 def measure_encoding(point: Point, model: Components, bench: Bench) -> dict:
@@ -309,5 +357,6 @@ KINDS: dict[str, Callable[[Point, Components, Bench], dict]] = {
     "compile": measure_training,
     "rung": measure_rung,
     "sampling": measure_sampling,
+    "drawing": measure_drawing,
     "encoding": measure_encoding,
 }

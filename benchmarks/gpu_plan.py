@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,21 @@ RANK, BATCH = 16, 4
 BASE, STOCK = f"rank {RANK}, batch {BATCH}", f"stock loop, batch {BATCH}"
 AGAIN, ENCODING = f"{BASE}, again", "encoding"
 LARGEST, COMPILED = "batch 16", f"compile, batch {BATCH}"
+# What the course does not do and might: {point: (ways of benchmarks.gpu_ways, settings)}, each beside BASE
+FASTER: dict[str, tuple[tuple[str, ...], dict]] = {
+    "channels_last": ((), {"channels_last": True}),
+    "cudnn.benchmark": (("cudnn_benchmark",), {}),
+    "half-precision norms": (("half_norms",), {}),
+    "LoRA without a round trip": (("lean_lora",), {}),
+    "encoders off the GPU": (("encoders_off",), {}),
+    "all of these": (("cudnn_benchmark", "half_norms", "lean_lora", "encoders_off"), {"channels_last": True}),
+}
+# Drawing so many pictures with an adapter in these ways, each beside the course's own within its point
+DRAWING: dict[str, tuple[int, tuple[str, ...]]] = {
+    "drawing 4 in autocast": (4, ("autocast",)),
+    "drawing 4 merged": (4, ("merged",)),
+    "drawing 16 by free memory": (16, ("free_memory",)),
+}
 FULL = "no variant"  # the rung of a GPU whose memory suffices for a batch of 8 at once
 COMPILE_SECONDS = 90.0  # expected of the first torch.compile on a GPU
 FIRST_SHARE = 0.05  # of the ceiling: the rate expected of a kind of point before there was one
@@ -61,6 +76,8 @@ def plan(settings: Settings, precision: str, rungs: dict[str, dict]) -> list[Poi
         Point(ENCODING, "encoding", preset_with(settings, precision)),
         *(rung(name, precision, changed) for name, changed in everyone.items()),
         *(Point(f"sampling, batch {n}", "sampling", preset_with(settings, precision), n) for n in (1, 4, 8)),
+        *(replace(training(name, **changed), ways=ways) for name, (ways, changed) in FASTER.items()),
+        *(Point(name, "drawing", preset_with(settings, precision), *drawn) for name, drawn in DRAWING.items()),
         training(other, precision=other),
         *(rung(name, other, changed) for name, changed in everyone.items()),
         training(COMPILED, "compile", compile=True),
@@ -88,7 +105,7 @@ def work_of(point: Point, settings: Settings) -> int:
     if point.kind == "encoding":
         each = operations(size)
         return (settings.drawings + 1) * ENCODED * (each["encode"] + each["text"])
-    if point.kind == "sampling":
+    if point.kind in ("sampling", "drawing"):
         return 2 * (settings.drawings + 1) * drawing_operations(size, point.batch, settings.sampling_steps)
     rounds = settings.rung_rounds if point.kind == "rung" else settings.rounds
     steps = settings.warmup + rounds * settings.steps

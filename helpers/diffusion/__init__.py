@@ -4,6 +4,7 @@ Begin with schedule.py, then sampling.py: together they are what Stable Diffusio
 """
 
 from helpers.diffusion.components import Components, ComponentsError, as_pipeline, in_float32, load_components
+from helpers.diffusion.dpm_solver import denoise_by_dpm_solver, dpm_solver_step, sample_by_dpm_solver
 from helpers.diffusion.pictures import to_latents, to_pictures, to_pil, to_tensor, vae_chunk
 from helpers.diffusion.sampling import (
     ddim_step,
@@ -40,7 +41,9 @@ __all__ = [
     "as_pipeline",
     "ddim_step",
     "denoise",
+    "denoise_by_dpm_solver",
     "diffusion_target",
+    "dpm_solver_step",
     "encode_prompts",
     "encode_tokens",
     "generate",
@@ -54,6 +57,7 @@ __all__ = [
     "predicted_noise",
     "predicted_x0",
     "sample",
+    "sample_by_dpm_solver",
     "sampling_batch",
     "signal_and_noise",
     "snr",

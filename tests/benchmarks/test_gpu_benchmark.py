@@ -26,7 +26,7 @@ names = ("gpu", "gpu_loops", "gpu_model", "gpu_plan", "records", "timing")
 bench, loops, model, plan, records, timing = (importlib.import_module(f"benchmarks.{name}") for name in names)
 
 CPU = torch.device("cpu")
-TINY = replace(bench.TINY, rounds=1, drawings=1)
+TINY = replace(bench.TINY, rounds=1, drawings=1, minutes=600)  # however busy the machine is
 MEMORY = rungs(get_preset("sd21-base"))
 RUNGS = {"some": {"gradient_accumulation_steps": 2}, "least": {"gradient_accumulation_steps": 8}}
 
@@ -268,8 +268,8 @@ def test_each_peak_is_of_its_own_point(record, meter):
                 collect(value)
 
     collect(record["points"])
-    assert sorted(peaks) == list(range(1, len(peaks) + 1))  # a rung has two, a sampling point one for each side
-    assert len(peaks) == 11 + 1 + 2 * 3 + 2 * 3
+    assert sorted(peaks) == list(range(1, len(peaks) + 1))  # a rung has two, sampling and drawing one for each side
+    assert len(peaks) == 11 + len(plan.FASTER) + 1 + 2 * 3 + 2 * 3 + 2 * len(plan.DRAWING)
 
 
 def test_rates_follow_from_times_and_operations(record):
@@ -376,6 +376,7 @@ def test_work_is_what_a_point_executes():
     eight = model.step_operations("tiny", point_named("memory some").preset.train)
     assert plan.work_of(point_named("memory some"), TINY) == 2 * eight + model.drawing_operations("tiny", 4, 2)
     assert plan.work_of(point_named("sampling, batch 8"), TINY) == 4 * model.drawing_operations("tiny", 8, 2)
+    assert plan.work_of(point_named("drawing 4 merged"), TINY) == 4 * model.drawing_operations("tiny", 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -561,3 +561,30 @@ def test_the_command_starts_without_torch():
 
     code = "import sys; from helpers import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=notebooks.ROOT, check=False).returncode == 0
+
+
+# Says what the runtime would read when torch is first asked for
+WATCHED = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+import {module}
+import torch
+"""
+
+
+def waiting(module, **said):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | said
+    command = [sys.executable, "-c", WATCHED.format(module=module)]
+    done = subprocess.run(command, cwd=notebooks.ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_threads_wait_asleep_unless_told_otherwise():
+    """Under the command, and in a notebook's first cell."""
+    assert waiting("json") == "None" and waiting("helpers.cli") == waiting("helpers.course") == "passive"
+    assert waiting("helpers.cli", OMP_WAIT_POLICY="active") == "active"

@@ -146,6 +146,22 @@ def test_ci_runs_make_test_and_fails_with_it(tmp_path):
         assert (done.returncode == 0) is (status == 0) and "total: 1 passed" in done.stdout
 
 
+def test_the_hosted_ci_runs_commands_that_there_are():
+    """Files and folders, Makefile targets; and the Mac's tests get no network."""
+    import yaml
+
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    jobs = {
+        name: job for file in files for name, job in yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].items()
+    }
+    commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
+    named = set(re.findall(r"\b(?:tests|helpers|benchmarks|\.ci)/[\w./]+", commands))
+    assert named and {place for place in named if not (ROOT / place).exists()} == set()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^\s*make ([a-z]+)", commands, re.MULTILINE)) <= targets
+    assert jobs["macos"]["runs-on"].startswith("macos") and jobs["macos"]["env"]["HF_HUB_OFFLINE"] == "1"
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     ("arguments", "command"),
