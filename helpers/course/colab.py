@@ -95,8 +95,7 @@ def suited() -> str:
     """The preset for this machine's GPU, which is the one that `course doctor` recommends; MiniSD without one."""
     from helpers.presets.machine import gpu_memory, rung_for
 
-    rung = rung_for(gpu_memory())
-    return "mini" if rung is None else f"sd21-base@{rung}".rstrip("@")
+    return rung_for("sd21-base", gpu_memory()) or "mini"
 
 
 def constraint() -> str:
