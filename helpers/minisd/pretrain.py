@@ -148,7 +148,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.backends.cudnn.benchmark = True
     stages = args.stages.split(",")
-    parts = architecture.build(architecture.MINI, vocabulary_corpus(4000, seed=0))
+    parts = architecture.build(architecture.MINI, vocabulary_corpus(20000, seed=0))
     longest = max(len(parts["tokenizer"](c).input_ids) for c in vocabulary_corpus(4000, seed=1))
     print(f"vocabulary {len(parts['tokenizer'])}, longest caption {longest} tokens", flush=True)
     if args.go_on:

@@ -1,0 +1,45 @@
+"""Put a folder together from which the U-Net of the second generation starts: `… warm_start.py --out FOLDER`.
+
+Tokenizer and text encoder for the new captions, the autoencoder that lies here, and of the first generation's U-Net and
+text encoder all that has the same shape: everything but the first and last convolution, and known words' embeddings.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from helpers.minisd import architecture
+from helpers.minisd.pretrain import WEIGHTS
+from helpers.world.captions import vocabulary_corpus
+
+HERE = Path(__file__).parent
+
+
+def carry(module: torch.nn.Module, state: dict) -> None:
+    """Copy every tensor of the same name and shape."""
+    new = module.state_dict()
+    new |= {name: value for name, value in state.items() if name in new and new[name].shape == value.shape}
+    module.load_state_dict(new)
+
+
+def main() -> None:
+    """Write the folder."""
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--out", type=Path, required=True)
+    old = StableDiffusionPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
+    parts = architecture.build(architecture.MINI, vocabulary_corpus(20000, seed=0))
+    parts["vae"] = AutoencoderKL.from_pretrained(HERE / "vae", torch_dtype=torch.float32)
+    carry(parts["unet"], old.unet.state_dict())
+    words = old.text_encoder.get_input_embeddings().weight.data
+    state = {name: t for name, t in old.text_encoder.state_dict().items() if "token_embedding" not in name}
+    carry(parts["text_encoder"], state)
+    before, now = old.tokenizer.get_vocab(), parts["tokenizer"].get_vocab()
+    for token in before.keys() & now.keys():
+        parts["text_encoder"].get_input_embeddings().weight.data[now[token]] = words[before[token]]
+    architecture.save(parts, p.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
