@@ -83,3 +83,18 @@ def tiny_minisd():
     for part in ("text_encoder", "vae", "unet"):
         parts[part].eval().requires_grad_(False)
     return Components(**parts, noise_scheduler=DDPMScheduler.from_config(scheduler.config), name="tiny", is_minisd=True)
+
+
+def random_adapter(unet, seed, rank=2):
+    """Random weights for the attention layers of a U-Net, large enough to be seen."""
+    from helpers import lora
+    from helpers.lora.lowrank import LoRAWeights
+    from helpers.presets.configuration import ATTENTION
+
+    g = torch.Generator().manual_seed(seed)
+    parts = {}
+    for name in lora.find_targets(unet, ATTENTION):
+        rows, columns = unet.get_submodule(name).weight.shape
+        A, B = torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
+        parts[name] = LoRAWeights(A, B, alpha=1.0)
+    return parts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,9 @@ MODULES = (
     *("training.steps", "training.loop", "adapters.writing", "adapters.loading"),
     *("evaluation.measures", "evaluation.distances"),
 )
+TRY = SOURCE / "try"  # the program of the page "Try it"
+RUNTIME = ROOT / "build" / "try-runtime"  # what it takes from npm: kept, so that the next build needs no network
+_RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 # What is shown beside the notebooks, where it is there: copied to the same place in the pages' sources.
 _SHOWN = ("notebooks/glossary.md", "helpers/minisd/README.md", "report/report.pdf", "figures")
 
@@ -44,10 +48,13 @@ def pages() -> dict[str, list[Path]]:
     }
 
 
-def lay_out(folder: Path) -> None:
-    """Writes everything that Sphinx reads into a new folder. Raises CourseError for a section that README.md lacks."""
+def lay_out(folder: Path, lacking: str = "") -> None:
+    """Writes everything that Sphinx reads into a new folder. Raises CourseError for a section that README.md lacks.
+
+    lacking: why the page "Try it" cannot draw, a sentence that stands there instead.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(SOURCE, folder)
+    shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("try", "package*.json", "node_modules"))
     for path in [*(ROOT / name for name in _SHOWN), *(path for paths in pages().values() for path in paths)]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,10 +67,10 @@ def lay_out(folder: Path) -> None:
         text = f"helpers.{name}\n{'=' * 40}\n\n.. automodule:: helpers.{name}\n   :members:\n"
         (folder / "api" / f"{name}.rst").write_text(text, encoding="utf-8")
     for path in folder.glob("*.md"):
-        path.write_text(fill(path.read_text(encoding="utf-8"), folder), encoding="utf-8")
+        path.write_text(fill(path.read_text(encoding="utf-8"), folder, lacking), encoding="utf-8")
 
 
-def fill(text: str, folder: Path) -> str:
+def fill(text: str, folder: Path, lacking: str = "") -> str:
     """A page whose comments are replaced by what they name: a section of README.md, a table, the list of contents."""
     readme = sections((ROOT / "README.md").read_text(encoding="utf-8"))
 
@@ -74,6 +81,7 @@ def fill(text: str, folder: Path) -> str:
 
     text = re.sub(r"<!-- readme: (.+?) -->", section, text)
     text = text.replace("](../", "](")  # here the pages of site/ lie beside the folders that they link to
+    text = text.replace("<!-- try -->", try_it(lacking))
     text = text.replace("<!-- table of notebooks -->", table(readme.get("The notebooks", "")))
     text = text.replace("<!-- modules -->", modules())
     return text.replace("<!-- contents -->", contents(folder))
@@ -117,7 +125,7 @@ def modules() -> str:
 
 def contents(folder: Path) -> str:
     """The order of all pages."""
-    trees = [toctree("", ["start"])]
+    trees = [toctree("", ["start", "try"])]
     for heading, paths in pages().items():
         trees.append(toctree(heading, [path.relative_to(ROOT).with_suffix("").as_posix() for path in paths]))
     reference = {"notebooks/glossary": "", "using": "", "out_of_scope": ""}
@@ -133,10 +141,69 @@ def toctree(caption: str, names: list[str]) -> str:
     return "\n".join(["```{toctree}", *options, "", *names, "```", ""]) if names else ""
 
 
+# -------------------------------------------------------------------------------------------------------- Try it
+def try_it(lacking: str) -> str:
+    """What draws on the page "Try it", or the sentence that says why nothing does here."""
+    if lacking:
+        return f"**This copy of the site cannot draw.** {lacking}"
+    return f"```{{raw}} html\n{(TRY / 'page.html').read_text(encoding='utf-8')}```"
+
+
+def fetch_runtime() -> None:
+    """ONNX Runtime for browsers into RUNTIME, the version and hash that site/package-lock.json names, from npm.
+
+    Nothing is fetched when it is there already. Raises CourseError when npm is missing or cannot fetch it.
+    """
+    lock, kept = SOURCE / "package-lock.json", RUNTIME / "package-lock.json"
+    if kept.exists() and kept.read_bytes() == lock.read_bytes():
+        return
+    npm = shutil.which("npm")
+    if npm is None:
+        raise errors.CourseError("Node.js with npm is not installed, which fetches the runtime.")
+    shutil.rmtree(RUNTIME, ignore_errors=True)
+    RUNTIME.mkdir(parents=True)
+    shutil.copy2(SOURCE / "package.json", RUNTIME)
+    shutil.copy2(lock, RUNTIME)
+    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    try:
+        if subprocess.run(command, cwd=RUNTIME, check=False).returncode != 0:
+            raise errors.CourseError("npm could not fetch the runtime: is there a network?")
+        package = RUNTIME / "node_modules" / "onnxruntime-web"
+        facts = {"version": json.loads((package / "package.json").read_text(encoding="utf-8"))["version"]}
+        for name in _RUNTIME_FILES:
+            shutil.copyfile(package / "dist" / name, RUNTIME / name)
+        size = (RUNTIME / _RUNTIME_FILES[-1]).stat().st_size
+        facts |= {"module": _RUNTIME_FILES[0], "binary": _RUNTIME_FILES[-1], "bytes": size}
+        (RUNTIME / "runtime.json").write_text(json.dumps(facts), encoding="utf-8")
+    except (OSError, errors.CourseError):
+        kept.unlink(missing_ok=True)
+        raise
+    shutil.rmtree(RUNTIME / "node_modules")
+
+
+def write_try(folder: Path) -> None:
+    """The page's program, the model that it draws with and the runtime, into a new folder.
+
+    Raises CourseError, with a sentence for the page, when something is missing.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(TRY, folder, ignore=shutil.ignore_patterns("page.html"))
+    fetch_runtime()
+    (folder / "ort").mkdir()
+    for name in (*_RUNTIME_FILES, "runtime.json"):
+        shutil.copyfile(RUNTIME / name, folder / "ort" / name)
+    if importlib.util.find_spec("onnx") is None:
+        raise errors.CourseError("The Python package onnx is not installed, which exports the model.")
+    command = [sys.executable, "-m", "helpers.playground.export", "--out", str(folder / "model")]
+    if subprocess.run(command, cwd=ROOT, env=os.environ | notebooks.OFFLINE, check=False).returncode != 0:
+        raise errors.CourseError("The model could not be exported.")
+
+
 # ------------------------------------------------------------------------------------------------------ building
 def build(output: Path = OUTPUT) -> bool:
     """Builds the site into a folder; False when Sphinx had an error or a warning, which it has printed then.
 
+    Where the page "Try it" lacks something, it says so, and the rest is built.
     Raises CourseError when Sphinx is not installed.
     """
     if importlib.util.find_spec("sphinx") is None or importlib.util.find_spec("myst_nb") is None:
@@ -144,7 +211,13 @@ def build(output: Path = OUTPUT) -> bool:
     source, doctrees = output.with_name(f"{output.name}-source"), output.with_name(f"{output.name}-doctrees")
     for folder in (output, doctrees):
         shutil.rmtree(folder, ignore_errors=True)
-    lay_out(source)
+    lacking, parts = "", output.with_name(f"{output.name}-try")
+    try:
+        write_try(parts)
+    except errors.CourseError as error:
+        lacking = str(error)
+        print(f"site: the page “Try it” cannot draw. {lacking}", file=sys.stderr)
+    lay_out(source, lacking)
     folders = [str(folder) for folder in (doctrees, source, output)]
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", *folders]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | notebooks.OFFLINE, check=False)
@@ -152,6 +225,8 @@ def build(output: Path = OUTPUT) -> bool:
         target = output / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    if not lacking:
+        shutil.copytree(parts, output / "try")
     return done.returncode == 0
 
 

@@ -9,13 +9,14 @@ import threading
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from tiny import random_adapter
 
 from helpers import lora
 from helpers.course.results import output_folder
 from helpers.diffusion.components import load_components
 from helpers.diffusion.sampling import generate
 from helpers.evaluation.measures import adapted
-from helpers.lora.lowrank import LoRAWeights, attach, compose, weights_of
+from helpers.lora.lowrank import attach, compose, weights_of
 from helpers.playground import engine as playground
 from helpers.playground import widgets
 from helpers.playground.engine import (
@@ -33,27 +34,10 @@ from helpers.playground.engine import (
     read_settings,
 )
 from helpers.playground.widgets import KEPT, WORDS, Playground, PromptBuilder, Studio
-from helpers.presets.configuration import ATTENTION
 from helpers.presets.variants import get_preset
 from helpers.training.runs import find_run, run_key
 
 SETTINGS = Settings("a drawing of a cat", seed=3, steps=4, guidance=3.0)
-
-
-def adapter(model, seed):
-    """Random weights for the attention layers of a model, large enough to be seen."""
-    g = torch.Generator().manual_seed(seed)
-    parts = {}
-    for name in lora.find_targets(model, ATTENTION):
-        rows, columns = model.get_submodule(name).weight.shape
-        A, B = torch.randn(2, columns, generator=g), torch.randn(rows, 2, generator=g)
-        parts[name] = LoRAWeights(A, B, alpha=1.0)
-    return parts
-
-
-@pytest.fixture
-def engine(tiny):
-    return Engine(get_preset("smoke"), tiny, {name: adapter(tiny.unet, i) for i, name in enumerate(playground.STYLES)})
 
 
 @pytest.fixture
@@ -233,7 +217,7 @@ def test_prompts_that_are_too_long_are_refused_in_a_sentence(studio, text, said)
 
 
 def test_a_style_without_a_run_is_not_offered(tiny):
-    engine = Engine(get_preset("smoke"), tiny, {"vintage": adapter(tiny.unet, 0)})
+    engine = Engine(get_preset("smoke"), tiny, {"vintage": random_adapter(tiny.unet, 0)})
     assert engine.choices == ("none", "vintage") and engine.default().adapter == "none"
     for name in ("doodles", "mix"):
         with pytest.raises(PlaygroundError, match="no finished run of doodles"):
@@ -375,7 +359,9 @@ def minisd(monkeypatch, tmp_path):
     """MiniSD itself, whose prompts may be as long as the builder's, with random adapters."""
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
     components = load_components(get_preset("smoke"))
-    return Engine(get_preset("smoke"), components, {name: adapter(components.unet, 0) for name in playground.STYLES})
+    return Engine(
+        get_preset("smoke"), components, {name: random_adapter(components.unet, 0) for name in playground.STYLES}
+    )
 
 
 @pytest.fixture

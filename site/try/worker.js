@@ -1,0 +1,70 @@
+// The model in a thread of its own, so that the page never freezes.
+//
+// It is told {draw: id, jobs: [{name, settings}]} or {cancel: true}; a newer message ends what is being drawn.
+// It says {progress}, {loaded}, {name, step, pixels}, {name, pixels, done}, {finished}, {cancelled} or {problem}.
+
+import { Cancelled, Model } from "./model.js";
+
+let model = null;
+let latest = 0; // the id of the newest request
+let working = Promise.resolve();
+
+self.onmessage = ({ data }) => {
+  latest = data.draw ?? latest + 1;
+  if (data.draw) working = working.then(() => answer(data));
+};
+
+async function answer({ draw, jobs }) {
+  const isCancelled = () => draw !== latest;
+  try {
+    if (isCancelled()) throw new Cancelled();
+    model ??= await load();
+    for (const { name, settings } of jobs) {
+      const onStep = async (step, pixels) => {
+        self.postMessage({ draw, name, step, pixels });
+        await new Promise((resolve) => setTimeout(resolve)); // lets a newer message in
+      };
+      const pixels = await model.draw(settings, onStep, isCancelled);
+      self.postMessage({ draw, name, pixels, done: true });
+    }
+    self.postMessage({ draw, finished: true });
+  } catch (error) {
+    self.postMessage(error instanceof Cancelled ? { draw, cancelled: true } : { draw, problem: error.message });
+  }
+}
+
+async function load() {
+  const manifest = JSON.parse(new TextDecoder().decode(await read("model/manifest.json")));
+  const runtime = JSON.parse(new TextDecoder().decode(await read("ort/runtime.json")));
+  const ort = await import(`./ort/${runtime.module}`);
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
+  ort.env.wasm.wasmBinary = await read(`ort/${runtime.binary}`, runtime.bytes, runtime.version);
+  const file = (name) => read(`model/${name}`, manifest.files[name].bytes, manifest.files[name].hash);
+  const loaded = new Model(ort, manifest, file);
+  await loaded.load();
+  self.postMessage({ loaded: true, threads: ort.env.wasm.numThreads });
+  return loaded;
+}
+
+/** A file beside this one. size: its bytes, if they are known. version: so that a cache never gives an older one. */
+async function read(name, size = 0, version = "") {
+  const address = new URL(version ? `${name}?${version}` : name, import.meta.url);
+  const response = await fetch(address, version ? {} : { cache: "no-cache" }).catch(() => null);
+  if (!response?.ok) {
+    throw new Error(`The file ${name} did not arrive${response ? ` (${response.status})` : ""}. Press Draw to try again.`);
+  }
+  const parts = [];
+  let bytes = 0;
+  const reader = response.body.getReader();
+  for (;;) {
+    const { value, done } = await reader.read().catch(() => ({ done: true }));
+    if (done) break;
+    parts.push(value);
+    bytes += value.length;
+    if (size) self.postMessage({ progress: { name, bytes, size } });
+  }
+  if (size && bytes !== size) {
+    throw new Error(`The file ${name} arrived with ${bytes} of its ${size} bytes. Press Draw to try again.`);
+  }
+  return new Blob(parts).arrayBuffer();
+}
