@@ -10,6 +10,13 @@ import { Tokenizer } from "./tokenizer.js";
 
 export class Cancelled extends Error {}
 
+/** Arrays of one length one after another. */
+function joined(parts) {
+  const all = new Float32Array(parts.length * parts[0].length);
+  parts.forEach((part, i) => all.set(part, i * part.length));
+  return all;
+}
+
 export class Model {
   /** manifest: the export's manifest.json. providers: what computes, the best first: ["webgpu", "wasm"]. */
   constructor(ort, manifest, read, providers = ["wasm"]) {
@@ -77,31 +84,36 @@ export class Model {
 
   /** The U-Net with prompt and adapter in place, as `sample` calls it. */
   async prepared(settings) {
-    const { latents: shape, layers } = this.manifest;
+    const [, height, width] = this.manifest.latents;
     const { A, B, rank } = await this.adapted(settings);
-    const guided = settings.guidance > 1;
-    const states = await Promise.all((guided ? ["", settings.prompt] : [settings.prompt]).map((text) => this.encode(text)));
+    const states = [];
+    for (const text of settings.guidance > 1 ? ["", settings.prompt] : [settings.prompt]) {
+      states.push(await this.encode(text));
+    }
     const batch = states.length;
-    const repeated = (parts) => parts.reduce((all, part, i) => (all.set(part, i * part.length), all),
-      new Float32Array(batch * parts[0].length));
     const length = this.tokenizer.length;
     const fixed = {
-      encoder_hidden_states: [repeated(states), [batch, length, states[0].length / length]],
+      encoder_hidden_states: [joined(states), [batch, length, states[0].length / length]],
       lora_A: [A, [rank, A.length / rank]],
       lora_B: [B, [B.length / rank, rank]],
     };
     return async (latents, timestep) => {
-      const moving = { latents: [repeated(Array(batch).fill(latents)), [batch, ...shape]], timestep: [Float32Array.of(timestep), [1]] };
-      const output = await this.run(this.unet, { ...moving, ...fixed });
-      const [first, last] = [output.subarray(0, latents.length), output.subarray(-latents.length)];
-      return { empty: first, prompted: last };
+      const size = latents.length;
+      const inputs = {
+        ...fixed,
+        latents: [joined(Array(batch).fill(latents)), [batch, size / (height * width), height, width]],
+        timestep: [Float32Array.of(timestep), [1]],
+      };
+      const output = await this.run(this.unet, inputs);
+      return { empty: output.subarray(0, size), prompted: output.subarray(-size) };
     };
   }
 
   /**
    * The picture of these settings, as pixels.
    *
-   * onStep(steps done, pixels of what the step aims at) is awaited. Throws Cancelled after the step in which `isCancelled` turns true.
+   * onStep(steps done, pixels of what the step aims at; null after the last) is awaited.
+   * Throws Cancelled after the step in which isCancelled() turns true.
    */
   async draw(settings, onStep = null, isCancelled = () => false) {
     const { latents: shape, schedule, prediction_type: predictionType } = this.manifest;

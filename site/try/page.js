@@ -12,7 +12,9 @@ const WAIT = 150; // milliseconds that a slider rests before the picture is draw
 
 class Page {
   constructor(manifest, runtime) {
-    Object.assign(this, { manifest, runtime, worker: null, request: 0, arrived: new Map(), drawn: {}, shown: {} });
+    Object.assign(this, { manifest, runtime, worker: null, threads: 0, request: 0 });
+    this.arrived = new Map(); // files and their bytes
+    [this.drawn, this.shown] = [{}, {}]; // the settings of both pictures: as a link, if finished; as an object
     this.form = new Form(manifest, () => this.soon());
     element("form").addEventListener("submit", (event) => (event.preventDefault(), this.draw()));
     element("another").addEventListener("click", () => this.another());
@@ -81,7 +83,8 @@ class Page {
   }
 
   cancel() {
-    this.worker?.postMessage({ cancel: true });
+    if (this.threads) this.worker.postMessage({ cancel: true });
+    else this.fail("Cancelled."); // before all was loaded
   }
 
   hear(data) {
@@ -131,15 +134,20 @@ class Page {
   fail(text) {
     this.worker?.terminate();
     this.worker = null;
+    this.threads = 0;
     this.rest(text);
   }
 
   sayLoaded() {
     const { files } = this.manifest;
     const { version, bytes } = this.runtime;
-    const needed = bytes + ["unet.onnx", "decoder.onnx", "text_encoder.onnx"].reduce((sum, name) => sum + files[name].bytes, 0);
     if (this.arrived.size === 0) {
-      element("loaded").textContent = `Nothing is loaded yet. Draw loads ${megabytes(needed)}, and each adapter one more.`;
+      const model = ["unet.onnx", "decoder.onnx", "text_encoder.onnx"].map((name) => files[name].bytes);
+      const sum = megabytes(bytes + model.reduce((total, size) => total + size));
+      const sized = ([name, file]) => `${name} ${megabytes(files[file].bytes)}`;
+      const adapters = Object.entries(this.manifest.adapters).map(sized);
+      element("loaded").textContent = `Nothing is loaded yet. The first picture loads ${this.manifest.model} and what ` +
+        `computes it, ${sum} together, and the adapters that it needs (${adapters.join(", ")}).`;
       return;
     }
     const parts = [...this.arrived].map(([name, size]) => `${name.split("/").at(-1)} ${megabytes(size)}`);

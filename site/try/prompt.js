@@ -18,8 +18,9 @@ export function buildPrompt({ lead, ending, colors }, parts) {
   if (parts.eyewear !== "none") items.push(parts.eyewear);
   if (parts.neckwear !== "none") items.push(article(colored(parts.neckwear_color, parts.neckwear)));
   const subject = `${lead} ${article(plain ? noun : colored(parts.color, noun))}`;
-  const clothes = colors ? `, wearing ${article(parts.clothes_color)} shirt, on ${article(parts.background)} background` : "";
-  return subject + (items.length ? ` with ${list(items)}` : "") + clothes + ending;
+  const things = items.length ? ` with ${list(items)}` : "";
+  const around = `, wearing ${article(parts.clothes_color)} shirt, on ${article(parts.background)} background`;
+  return subject + things + (colors ? around : "") + ending;
 }
 
 /** The words of a text that no caption of the training had. known: an array of words. */

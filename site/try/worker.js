@@ -51,7 +51,8 @@ async function read(name, size = 0, version = "") {
   const address = new URL(version ? `${name}?${version}` : name, import.meta.url);
   const response = await fetch(address, version ? {} : { cache: "no-cache" }).catch(() => null);
   if (!response?.ok) {
-    throw new Error(`The file ${name} did not arrive${response ? ` (${response.status})` : ""}. Press Draw to try again.`);
+    const why = response ? ` (${response.status})` : "";
+    throw new Error(`The file ${name} did not arrive${why}. Press Draw to try again.`);
   }
   const parts = [];
   let bytes = 0;
