@@ -3,7 +3,8 @@
 # make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place
 # make site                              the notebooks as a website that needs no network (build/site/index.html), and what
-#                                        needs a browser: site and playground in Chromium, where it is installed
+#                                        needs a browser: site and playground in Chromium, where it is installed; with
+#                                        Node.js, a page on which MiniSD draws in the browser
 # TORCH_INDEX=URL installs PyTorch from that index (https://download.pytorch.org/whl/cpu has no CUDA).
 PYTHON ?= python3
 PRESET ?= mini
@@ -31,7 +32,7 @@ notebooks: $(STAMP)
 site: $(STAMP)
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[site]"
 	.venv/bin/python -m helpers.course.site
-	.venv/bin/python -m pytest -q tests/browser
+	.venv/bin/python -m pytest -q tests/browser tests/playground/test_export.py tests/playground/test_page.py
 
 install: $(STAMP)
 

@@ -225,8 +225,7 @@ def build(output: Path = OUTPUT) -> bool:
         target = output / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    if not lacking:
-        shutil.copytree(parts, output / "try")
+    shutil.copytree(parts, output / "try")
     return done.returncode == 0
 
 

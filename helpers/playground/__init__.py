@@ -1,4 +1,5 @@
-"""The playground: prompt builder, sliders, adapters. engine.py draws, widgets.py is what one presses."""
+"""The playground: prompt builder, sliders, adapters. engine.py draws, widgets.py is what one presses;
+export.py writes the files with which the site's page draws."""
 
 from helpers.playground.widgets import play
 

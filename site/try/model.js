@@ -59,6 +59,12 @@ export class Model {
     return this.texts.get(prompt);
   }
 
+  /** What is cut off a prompt, a sentence or "". */
+  cut(prompt) {
+    const [tokens, read] = [this.tokenizer.encode(prompt).length, this.tokenizer.length];
+    return tokens > read ? ` The prompt has ${tokens} tokens, and the model reads the first ${read}.` : "";
+  }
+
   /** A picture as pixels (RGBA, a Uint8ClampedArray) that the decoder makes of latents. */
   async decode(latents) {
     const { latents: shape, picture } = this.manifest;

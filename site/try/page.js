@@ -33,9 +33,9 @@ class Page {
     const wrong = given ? complaint(given, this.manifest) : "";
     const settings = given && !wrong ? given : first;
     this.form.set(settings);
-    const same = toHash(settings) === toHash(first);
-    if (same && !this.worker) element("after-title").textContent = title(first);
-    for (const image of document.querySelectorAll("#try figure img")) image.hidden = !same || this.worker !== null;
+    const same = toHash(settings) === toHash(first) && !this.worker;
+    if (same) element("after-title").textContent = title(first);
+    for (const image of document.querySelectorAll("#try figure img")) image.hidden = !same;
     if (wrong) say(`The link asks for something else than this page has. ${wrong}`);
     else if (same) say(`Drawn beforehand by ${this.manifest.model}, seed ${first.seed}. Press Draw to draw yourself.`);
     else say("The settings are those of the link. Press Draw.");
@@ -62,7 +62,7 @@ class Page {
     history.replaceState(null, "", `#${toHash(settings)}`);
     const jobs = { before: ofBase(settings), after: settings };
     if (settings.adapter === "none") delete jobs.after;
-    if (toHash(jobs.before) === this.drawn.before) delete jobs.before;
+    else if (toHash(jobs.before) === this.drawn.before) delete jobs.before;
     element("after").closest("figure").hidden = settings.adapter === "none";
     this.start(Object.entries(jobs).map(([name, job]) => ({ name, settings: job })).reverse());
   }
@@ -93,7 +93,7 @@ class Page {
     if (data.draw !== this.request) return undefined; // of a picture that nobody waits for any more
     if (data.problem) return this.fail(data.problem);
     if (data.cancelled) return this.rest("Cancelled.");
-    if (data.finished) return this.rest(`Drawn in ${((performance.now() - this.began) / 1000).toFixed(1)} s.`);
+    if (data.finished) return this.finished(data.remark);
     if (data.pixels) this.show(data.name, data.pixels);
     if (data.done) return this.keep(data.name);
     element("progress").value = ++this.steps / this.total;
@@ -130,6 +130,10 @@ class Page {
     say(text);
   }
 
+  finished(remark) {
+    this.rest(`Drawn in ${((performance.now() - this.began) / 1000).toFixed(1)} s.${remark}`);
+  }
+
   /** After a problem the next picture starts with a new worker. */
   fail(text) {
     this.worker?.terminate();
@@ -150,7 +154,8 @@ class Page {
         `computes it, ${sum} together, and the adapters that it needs (${adapters.join(", ")}).`;
       return;
     }
-    const parts = [...this.arrived].map(([name, size]) => `${name.split("/").at(-1)} ${megabytes(size)}`);
+    const large = [...this.arrived].filter(([, size]) => size > 100_000);
+    const parts = large.map(([name, size]) => `${name.split("/").at(-1)} ${megabytes(size)}`);
     const how = this.threads ? ` ONNX Runtime ${version} computes with WebAssembly, threads: ${this.threads}.` : "";
     element("loaded").textContent = `Loaded: ${parts.join(", ")}.${how}`;
   }

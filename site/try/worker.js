@@ -1,7 +1,7 @@
 // The model in a thread of its own, so that the page never freezes.
 //
 // It is told {draw: id, jobs: [{name, settings}]} or {cancel: true}; a newer message ends what is being drawn.
-// It says {progress}, {loaded}, {name, step, pixels}, {name, pixels, done}, {finished}, {cancelled} or {problem}.
+// It says {progress}, {loaded}, {name, step, pixels}, {name, pixels, done}, {finished, remark}, {cancelled} or {problem}.
 
 import { Cancelled, Model } from "./model.js";
 
@@ -27,7 +27,7 @@ async function answer({ draw, jobs }) {
       const pixels = await model.draw(settings, onStep, isCancelled);
       self.postMessage({ draw, name, pixels, done: true });
     }
-    self.postMessage({ draw, finished: true });
+    self.postMessage({ draw, finished: true, remark: model.cut(jobs[0].settings.prompt) });
   } catch (error) {
     self.postMessage(error instanceof Cancelled ? { draw, cancelled: true } : { draw, problem: error.message });
   }

@@ -1,6 +1,7 @@
 """The website: its checks can fail, and every notebook has a page. (Sphinx itself runs in `make site`.)"""
 
 import json
+import subprocess
 
 import pytest
 
@@ -107,3 +108,69 @@ def test_sections_of_markdown():
 def test_the_documented_modules_exist():
     for name in site.MODULES:
         assert (ROOT / "helpers" / f"{name.replace('.', '/')}.py").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ Try it
+def test_the_page_try_it_draws_or_says_why_it_cannot(tmp_path):
+    site.lay_out(tmp_path / "source")
+    page = (tmp_path / "source" / "try.md").read_text(encoding="utf-8")
+    assert 'src="try/page.js"' in page and "cannot draw" not in page and "<!--" not in page
+    site.lay_out(tmp_path / "source", "Node.js is not installed.")
+    page = (tmp_path / "source" / "try.md").read_text(encoding="utf-8")
+    assert "cannot draw.** Node.js is not installed." in page and "page.js" not in page
+    assert not (tmp_path / "source" / "package.json").exists() and not (tmp_path / "source" / "try").exists()
+
+
+def test_what_comes_from_npm_is_pinned_by_its_hash():
+    wanted = json.loads((site.SOURCE / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    packages = json.loads((site.SOURCE / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    assert packages.pop("")["dependencies"] == wanted == {"onnxruntime-web": wanted["onnxruntime-web"]}
+    assert packages["node_modules/onnxruntime-web"]["version"] == wanted["onnxruntime-web"]
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values())
+    assert not any("resolved" in package for package in packages.values()), "names a registry"
+
+
+@pytest.fixture
+def runtime(tmp_path, monkeypatch):
+    """A folder of this test's own for what comes from npm, and a log of the commands that were run."""
+    asked = []
+
+    def run(command, cwd, **options):
+        asked.append(command)
+        package = cwd / "node_modules" / "onnxruntime-web"
+        for name in site._RUNTIME_FILES:
+            (package / "dist" / name).parent.mkdir(parents=True, exist_ok=True)
+            (package / "dist" / name).write_text("12345")
+        (package / "package.json").write_text('{"version": "1.2.3"}')
+        return subprocess.CompletedProcess(command, len(list(tmp_path.glob("offline"))))
+
+    monkeypatch.setattr(site, "RUNTIME", tmp_path / "runtime")
+    monkeypatch.setattr(site.subprocess, "run", run)
+    monkeypatch.setattr(site.shutil, "which", lambda name: f"/bin/{name}")
+    return asked
+
+
+def test_the_runtime_is_fetched_once(runtime, tmp_path):
+    (tmp_path / "offline").touch()
+    with pytest.raises(errors.CourseError, match="is there a network"):
+        site.fetch_runtime()
+    (tmp_path / "offline").unlink()
+    for _ in range(2):
+        site.fetch_runtime()
+    assert len(runtime) == 2 and runtime[1][:2] == ["/bin/npm", "ci"], "the second call fetches nothing"
+    facts = json.loads((site.RUNTIME / "runtime.json").read_text())
+    assert facts["version"] == "1.2.3" and facts["bytes"] == 5 and (site.RUNTIME / facts["module"]).exists()
+    (site.RUNTIME / "package-lock.json").write_text("of another version")
+    site.fetch_runtime()
+    assert len(runtime) == 3
+
+
+def test_without_node_or_onnx_it_is_said(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(site.shutil, "which", lambda name: None)
+    with pytest.raises(errors.CourseError, match="Node.js"):
+        site.write_try(tmp_path / "try")
+    monkeypatch.setattr(site.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(site.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.CourseError, match="onnx is not installed"):
+        site.write_try(tmp_path / "try")
+    assert (tmp_path / "try" / "sampler.js").exists() and (tmp_path / "try" / "ort" / "runtime.json").exists()

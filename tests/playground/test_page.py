@@ -221,7 +221,7 @@ DRAW = """
     let cancelled = "";
     let steps = 0;
     await model.draw(given.settings[0], () => steps++, () => steps === 2).catch((e) => cancelled = e.constructor.name);
-    return { pictures, seen, cancelled };
+    return { pictures, seen, cancelled, cut: [model.cut("a cat"), model.cut("a cat ".repeat(50))] };
 """
 
 
@@ -240,6 +240,7 @@ def test_whole_pictures_are_those_of_course_sample(model, request, tmp_path):
     given["settings"] = [dataclasses.asdict(settings) for settings in asked]
     found = javascript(DRAW, given, "Model from model.js")
     assert found["seen"] == sum(settings.steps - 1 for settings in asked) and found["cancelled"] == "Cancelled"
+    assert found["cut"][0] == "" and "102 tokens, and the model reads the first" in found["cut"][1]
     for settings, pixels in zip(asked, found["pictures"], strict=True):
         side = engine.components.resolution
         ours = np.array(pixels).reshape(side, side, 4)[..., :3]
