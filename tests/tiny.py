@@ -98,3 +98,12 @@ def random_adapter(unet, seed, rank=2):
         A, B = torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
         parts[name] = LoRAWeights(A, B, alpha=1.0)
     return parts
+
+
+def random_engine(components):
+    """A playground's engine with two random adapters."""
+    from helpers.playground.engine import STYLES, Engine
+    from helpers.presets.variants import get_preset
+
+    adapters = {name: random_adapter(components.unet, seed) for seed, name in enumerate(STYLES)}
+    return Engine(get_preset("smoke"), components, adapters)

@@ -104,6 +104,14 @@ class Slot(nn.Module):
         return self.base(x) + F.linear(F.linear(x, A), B)
 
 
+def linear(unet: nn.Module, name: str) -> nn.Linear:
+    """The layer of this name. Raises CourseError for one that is not linear."""
+    layer = unet.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise CourseError(f"the adapter changes {name}, which is not linear: the page has no place for it")
+    return layer
+
+
 class AdaptedUNet(nn.Module):
     """The U-Net as a function of its adapter. It takes the U-Net over: `restore` gives it back as it was.
 
@@ -113,13 +121,9 @@ class AdaptedUNet(nn.Module):
 
     def __init__(self, unet: nn.Module, names: list[str]):
         super().__init__()
-        self.unet, self.slots = unet, {}  # type: ignore[var-annotated]
+        self.unet, self.slots = unet, {}
         columns = rows = 0
-        layers = {name: unet.get_submodule(name) for name in names}
-        for name, base in layers.items():
-            if not isinstance(base, nn.Linear):
-                raise CourseError(f"the adapter changes {name}, which is not linear: the page has no place for it")
-        for name, base in layers.items():
+        for name, base in [(name, linear(unet, name)) for name in names]:  # all are looked at before one is replaced
             self.slots[name] = Slot(base, columns, rows)
             columns, rows = columns + base.in_features, rows + base.out_features
             lora.replace_module(unet, name, self.slots[name])
@@ -186,7 +190,7 @@ def flat(adapter: Mapping[str, LoRAWeights], unet: nn.Module, names: list[str]) 
     rank = max((weights.rank for weights in adapter.values()), default=1)
     columns, rows = [], []
     for name in names:
-        width_out, width_in = unet.get_submodule(name).weight.shape
+        width_out, width_in = linear(unet, name).weight.shape
         A, B = torch.zeros(rank, width_in), torch.zeros(width_out, rank)
         if name in adapter:
             weights = adapter[name]
@@ -320,7 +324,7 @@ def export(engine: Engine, folder: Path, first: Settings | None = None) -> dict[
         "latents": c.latent_shape,
         "prediction_type": c.prediction_type,
         "schedule": {name: schedule[name] for name in ("num_train_timesteps", "beta_start", "beta_end")},
-        "layers": [[name, *reversed(c.unet.get_submodule(name).weight.shape)] for name in names],
+        "layers": [[name, *reversed(linear(c.unet, name).weight.shape)] for name in names],
         "adapters": adapters,
         "limits": LIMITS | {"scale": SCALE},
         "first": dataclasses.asdict(first),

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import random_adapter
+from tiny import random_adapter, random_engine, tiny_minisd
 from torch import nn
 
 from helpers import lora
@@ -35,27 +35,17 @@ def run(path, **inputs):
     return torch.from_numpy(output)
 
 
-@pytest.fixture(scope="module")
-def minisd():
-    """The course's own MiniSD with the adapters of its finished runs."""
-    return Engine(get_preset("mini"))
-
-
-@pytest.fixture(scope="module")
-def exported(minisd, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "mini"
-    export.export(minisd, folder)
-    return folder
-
-
-@pytest.fixture(params=["tiny", "minisd"])
-def both(request, tmp_path):
-    """(engine, its export): of random weights, and the course's own."""
+@pytest.fixture(scope="module", params=["tiny", "minisd"])
+def both(request, tmp_path_factory):
+    """(engine, its export): of random weights, and the course's own MiniSD with the adapters of its finished runs."""
+    folder = tmp_path_factory.mktemp("export") / request.param
     if request.param == "minisd":
-        return request.getfixturevalue("minisd"), request.getfixturevalue("exported")
-    engine = request.getfixturevalue("engine")
-    export.export(engine, tmp_path / "export", FIRST)
-    return engine, tmp_path / "export"
+        engine = Engine(get_preset("mini"))
+        export.export(engine, folder)
+    else:
+        engine = random_engine(tiny_minisd())
+        export.export(engine, folder, FIRST)
+    return engine, folder
 
 
 def close(ours, theirs):
@@ -127,10 +117,11 @@ def test_adapters_are_files_that_others_read(both):
             assert torch.equal(found[layer].A, weights.A.half().float()) and found[layer].scaling == weights.scaling
 
 
-def test_a_reader_loads_less_than_30_mb(exported):
-    sizes = {path.name: path.stat().st_size for path in exported.iterdir()}
+def test_a_reader_loads_less_than_30_mb(both):
+    _, folder = both
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(sizes.values()) < MOST, sizes
-    manifest = json.loads((exported / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     said = {name: file["bytes"] for name, file in manifest["files"].items()}
     assert said == {name: size for name, size in sizes.items() if name != "manifest.json"}
 
