@@ -20,7 +20,7 @@ pytestmark = [
     *pytestmark,
     pytest.mark.skipif(not (TRY / "model" / "manifest.json").exists(), reason="the site was built without the model"),
 ]
-PATIENCE = 600_000  # milliseconds: the machine may be busy
+PATIENCE = 300_000  # milliseconds: the machine may be busy
 STEPS = 3
 
 
