@@ -76,8 +76,8 @@ class Page {
       this.worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
       this.worker.onmessage = ({ data }) => this.hear(data);
       this.worker.onerror = () => this.fail("The part of the page that draws did not start. Load the page again.");
-      say("Loading …");
     }
+    say(this.threads ? `Step 0 of ${this.total} …` : "Loading …");
     element("cancel").disabled = false;
     this.worker.postMessage({ draw: ++this.request, jobs });
   }

@@ -182,6 +182,8 @@ def test_a_link_carries_the_settings():
     assert javascript(code, [GIVEN, defaults], "fromHash, toHash from settings.js") == GIVEN
     code = "return [fromHash('', given), fromHash('#seed=9', given), fromHash('#what-you-see', given)]"
     assert javascript(code, defaults, "fromHash from settings.js") == [None, defaults | {"seed": 9}, None]
+    code = "return ['#seed=', '#seed=x'].map((hash) => fromHash(hash, given).seed)"
+    assert javascript(code, defaults, "fromHash from settings.js") == [None, None], "no number: `complaint` names it"
 
 
 @pytest.mark.parametrize(
