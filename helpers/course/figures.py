@@ -390,6 +390,13 @@ def jpeg(picture: Image.Image, quality: int = 88, sharp_colours: bool = False) -
     return buffer.getvalue()
 
 
+def say(sentence: str) -> None:
+    """Displays a sentence of Markdown whose numbers a cell has computed: the result, stated beside its picture."""
+    from IPython.display import display
+
+    display({"text/markdown": sentence, "text/plain": sentence}, raw=True)
+
+
 def show(fig: Figure | Image.Image, alt: str | None = None, dpi: int = 110) -> None:
     """Displays a figure, or a picture, in the notebook as JPEG with its alt text.
 

@@ -166,6 +166,13 @@ def test_figures_need_an_alt_text_and_a_plain_name(output, name, alt):
     assert not list(output.rglob("*.png"))
 
 
+def test_say_displays_markdown_that_plain_text_holds_too(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **options: shown.append((data, options)))
+    figures.say("**Half** of them.")
+    assert shown == [({"text/markdown": "**Half** of them.", "text/plain": "**Half** of them."}, {"raw": True})]
+
+
 def test_show_displays_jpeg_with_its_alt_text(output, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, **kwargs: shown.append((data, kwargs)))

@@ -105,8 +105,11 @@ def third_party_imports() -> set[str]:
     return {name for name in found if name not in sys.stdlib_module_names | own}
 
 
-# Imports of packages that a direct dependency is built on: torch, jupyterlab, papermill, datasets, accelerate, pytest.
-BROUGHT_ALONG = {"IPython", "huggingface_hub", "nbclient", "nbformat", "packaging", "psutil", "pyarrow", "yaml"}
+# Imports of packages that a direct dependency is built on: torch, jupyterlab, papermill, datasets, accelerate, pytest;
+# and Colab's own, which is nowhere else.
+BROUGHT_ALONG = {
+    *("IPython", "google", "huggingface_hub", "nbclient", "nbformat", "packaging", "psutil", "pyarrow", "yaml")
+}
 NAMES = {"PIL": "pillow", "dicebear": "dicebear-core"}
 
 
