@@ -34,7 +34,16 @@ MODULES = (
 )
 TRY = SOURCE / "try"  # the program of the page "Try it"
 RUNTIME = ROOT / "build" / "try-runtime"  # what it takes from npm: kept, so that the next build needs no network
-_RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+# For each engine the program, what it loads, and the compiled part, which it is given
+_RUNTIME = {
+    "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
+    "webgpu": (
+        "ort.webgpu.min.mjs",
+        "ort-wasm-simd-threaded.asyncify.mjs",
+        "ort-wasm-simd-threaded.asyncify.wasm",
+    ),
+}
+_RUNTIME_FILES = tuple(name for names in _RUNTIME.values() for name in names)
 # What is shown beside the notebooks, where it is there: copied to the same place in the pages' sources.
 _SHOWN = ("notebooks/glossary.md", "helpers/minisd/README.md", "report/report.pdf", "figures")
 
@@ -169,11 +178,12 @@ def fetch_runtime() -> None:
         if subprocess.run(command, cwd=RUNTIME, check=False).returncode != 0:
             raise errors.CourseError("npm could not fetch the runtime: is there a network?")
         package = RUNTIME / "node_modules" / "onnxruntime-web"
-        facts = {"version": json.loads((package / "package.json").read_text(encoding="utf-8"))["version"]}
+        facts: dict[str, object] = {}
+        facts["version"] = json.loads((package / "package.json").read_text(encoding="utf-8"))["version"]
         for name in _RUNTIME_FILES:
             shutil.copyfile(package / "dist" / name, RUNTIME / name)
-        size = (RUNTIME / _RUNTIME_FILES[-1]).stat().st_size
-        facts |= {"module": _RUNTIME_FILES[0], "binary": _RUNTIME_FILES[-1], "bytes": size}
+        for engine, (module, _, binary) in _RUNTIME.items():
+            facts[engine] = {"module": module, "binary": binary, "bytes": (RUNTIME / binary).stat().st_size}
         (RUNTIME / "runtime.json").write_text(json.dumps(facts), encoding="utf-8")
     except (OSError, errors.CourseError):
         kept.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 // The page: controls on one side, a worker that draws on the other, two pictures between them.
 
+import { chosenEngine } from "./engine.js";
 import { Form } from "./form.js";
 import { withSettings } from "./png.js";
 import { complaint, fromHash, ofBase, title, toHash } from "./settings.js";
@@ -11,8 +12,8 @@ const json = async (name) => (await fetch(new URL(name, import.meta.url), { cach
 const WAIT = 150; // milliseconds that a slider rests before the picture is drawn again
 
 class Page {
-  constructor(manifest, runtime) {
-    Object.assign(this, { manifest, runtime, worker: null, threads: 0, request: 0 });
+  constructor(manifest, runtimes, engine) {
+    Object.assign(this, { manifest, runtimes, engine, worker: null, threads: 0, request: 0 });
     this.arrived = new Map(); // files and their bytes
     [this.drawn, this.shown] = [{}, {}]; // the settings of both pictures: as a link, if finished; as an object
     this.form = new Form(manifest, () => this.soon());
@@ -73,7 +74,7 @@ class Page {
     this.steps = 0;
     this.began = performance.now();
     if (!this.worker) {
-      this.worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+      this.worker = new Worker(new URL(`worker.js?engine=${this.engine}`, import.meta.url), { type: "module" });
       this.worker.onmessage = ({ data }) => this.hear(data);
       this.worker.onerror = () => this.fail("The part of the page that draws did not start. Load the page again.");
     }
@@ -89,7 +90,7 @@ class Page {
 
   hear(data) {
     if (data.progress) return this.arriving(data.progress);
-    if (data.loaded) return (this.threads = data.threads), this.sayLoaded();
+    if (data.loaded) return Object.assign(this, { threads: data.threads, engine: data.engine }).sayLoaded();
     if (data.draw !== this.request) return undefined; // of a picture that nobody waits for any more
     if (data.problem) return this.fail(data.problem);
     if (data.cancelled) return this.rest("Cancelled.");
@@ -144,7 +145,7 @@ class Page {
 
   sayLoaded() {
     const { files } = this.manifest;
-    const { version, bytes } = this.runtime;
+    const { bytes } = this.runtimes[this.engine];
     if (this.arrived.size === 0) {
       const model = ["unet.onnx", "decoder.onnx", "text_encoder.onnx"].map((name) => files[name].bytes);
       const sum = megabytes(bytes + model.reduce((total, size) => total + size));
@@ -156,7 +157,8 @@ class Page {
     }
     const large = [...this.arrived].filter(([, size]) => size > 100_000);
     const parts = large.map(([name, size]) => `${name.split("/").at(-1)} ${megabytes(size)}`);
-    const how = this.threads ? ` ONNX Runtime ${version} computes with WebAssembly, threads: ${this.threads}.` : "";
+    const where = this.engine === "webgpu" ? "on the GPU" : `with WebAssembly, threads: ${this.threads}`;
+    const how = this.threads ? ` ONNX Runtime ${this.runtimes.version} computes ${where}.` : "";
     element("loaded").textContent = `Loaded: ${parts.join(", ")}.${how}`;
   }
 
@@ -183,8 +185,12 @@ class Page {
 if (typeof WebAssembly !== "object") {
   say("This browser has no WebAssembly, so it cannot draw here. The notebooks draw wherever Python runs.");
 } else {
-  Promise.all([json("model/manifest.json"), json("ort/runtime.json")]).then(
-    ([manifest, runtime]) => new Page(manifest, runtime),
+  Promise.all([
+    json("model/manifest.json"),
+    json("ort/runtime.json"),
+    chosenEngine(location.search, navigator.gpu),
+  ]).then(
+    ([manifest, runtimes, engine]) => new Page(manifest, runtimes, engine),
     () => say("The description of the model did not arrive. Load the page again."),
   );
 }

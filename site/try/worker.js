@@ -33,16 +33,27 @@ async function answer({ draw, jobs }) {
   }
 }
 
+/** The model on the engine that the page chose; where a GPU's driver refuses, WebAssembly still can. */
 async function load() {
+  const runtimes = JSON.parse(new TextDecoder().decode(await read("ort/runtime.json")));
+  if (new URLSearchParams(self.location.search).get("engine") === "webgpu") {
+    const loaded = await loadOn("webgpu", runtimes).catch(() => null);
+    if (loaded) return loaded;
+  }
+  return loadOn("wasm", runtimes);
+}
+
+async function loadOn(engine, { version, ...runtimes }) {
+  const { module, binary, bytes } = runtimes[engine];
   const manifest = JSON.parse(new TextDecoder().decode(await read("model/manifest.json")));
-  const runtime = JSON.parse(new TextDecoder().decode(await read("ort/runtime.json")));
-  const ort = await import(`./ort/${runtime.module}`);
+  const ort = await import(`./ort/${module}`);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  ort.env.wasm.wasmBinary = await read(`ort/${runtime.binary}`, runtime.bytes, runtime.version);
+  ort.env.wasm.wasmBinary = await read(`ort/${binary}`, bytes, version);
   const file = (name) => read(`model/${name}`, manifest.files[name].bytes, manifest.files[name].hash);
-  const loaded = new Model(ort, manifest, file);
+  const loaded = new Model(ort, manifest, file, [engine]);
   await loaded.load();
-  self.postMessage({ loaded: true, threads: ort.env.wasm.numThreads });
+  await loaded.encode(""); // whether it computes, too
+  self.postMessage({ loaded: true, engine, threads: ort.env.wasm.numThreads });
   return loaded;
 }
 

@@ -207,6 +207,34 @@ def test_the_playground_opens_what_the_page_saves(engine, tmp_path):
     assert Image.open(io.BytesIO(saved)).getpixel((3, 3)) == (255, 165, 0)
 
 
+# ------------------------------------------------------------------------------------------------- what computes
+REAL, PRETENDED, OLD = {"info": {"isFallbackAdapter": False}}, {"info": {"isFallbackAdapter": True}}, {}
+
+
+@pytest.mark.parametrize(
+    ("search", "adapter", "engine"),
+    [
+        ("", REAL, "webgpu"),
+        ("", OLD, "webgpu"),
+        ("", PRETENDED, "wasm"),
+        ("", {"isFallbackAdapter": True}, "wasm"),
+        ("", None, "wasm"),
+        ("", "refuses", "wasm"),
+        ("", "no WebGPU", "wasm"),
+        ("?engine=wasm", REAL, "wasm"),
+        ("?engine=webgpu", None, "webgpu"),
+        ("?engine=abacus", REAL, "webgpu"),
+    ],
+)
+def test_a_gpu_computes_where_there_is_a_real_one(search, adapter, engine):
+    code = """
+        const [search, adapter] = given;
+        const ask = () => (adapter === "refuses" ? Promise.reject(new Error("no")) : Promise.resolve(adapter));
+        return chosenEngine(search, adapter === "no WebGPU" ? undefined : { requestAdapter: ask });
+    """
+    assert javascript(code, [search, adapter], "chosenEngine from engine.js") == engine
+
+
 # ------------------------------------------------------------------------------------------------ whole pictures
 DRAW = """
     const ort = await import(given.runtime);
