@@ -7,12 +7,14 @@ text encoder all that has the same shape: everything but the first and last conv
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from helpers.minisd import architecture
 from helpers.minisd.pretrain import WEIGHTS
 from helpers.world.captions import vocabulary_corpus
+from second_generation.keep import unpack
 
 HERE = Path(__file__).parent
 
@@ -32,13 +34,18 @@ def main() -> None:
     parts = architecture.build(architecture.MINI, vocabulary_corpus(20000, seed=0))
     parts["vae"] = AutoencoderKL.from_pretrained(HERE / "vae", torch_dtype=torch.float32)
     carry(parts["unet"], old.unet.state_dict())
+    newest = {name: HERE / f"{name}.npz" for name in ("unet", "text_encoder")}
+    if all(path.exists() for path in newest.values()):
+        for name, path in newest.items():
+            parts[name].load_state_dict(unpack(dict(np.load(path))))
+        return architecture.save(parts, p.parse_args().out)
     words = old.text_encoder.get_input_embeddings().weight.data
     state = {name: t for name, t in old.text_encoder.state_dict().items() if "token_embedding" not in name}
     carry(parts["text_encoder"], state)
     before, now = old.tokenizer.get_vocab(), parts["tokenizer"].get_vocab()
     for token in before.keys() & now.keys():
         parts["text_encoder"].get_input_embeddings().weight.data[now[token]] = words[before[token]]
-    architecture.save(parts, p.parse_args().out)
+    return architecture.save(parts, p.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Geometry:
     vae: tuple[int, ...] = (32, 64, 96, 128)
     vae_layers: int = 1
     vae_groups: int = 8
-    latent_channels: int = 16
+    latent_channels: int = 10
     unet: tuple[int, ...] = (48, 96, 192)
     unet_layers: int = 2
     unet_heads: tuple[int, ...] = (2, 4, 6)

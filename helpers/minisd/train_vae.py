@@ -4,8 +4,8 @@ loss = |e| + e^2 + 0.5 |slope of e| + 1e-5 mean^2 / 2, each a mean over elements
 makes an edge crisp. The last term is what is left of KL(N(mean, std) || N(0, 1)) when the width is not learnt. Instead
 the latents get noise of up to a tenth of their own spread, so that the decoder forgives the small errors of a U-Net,
 and half of that is the posterior's width at the end.
-After training, the statistics of each latent channel are folded into the two 1x1 quant convolutions, so that latents
-times the one scaling factor of the pipeline have mean 0 and variance 1 in every channel (Rombach et al. 2022, G).
+After training, the statistics of the latents are folded into the two 1x1 quant convolutions, so that latents times the
+one scaling factor of the pipeline have mean 0, variance 1 on average (Rombach et al. 2022, G), and no correlations.
 """
 
 from __future__ import annotations
@@ -138,21 +138,28 @@ def psnr(a, b) -> Tensor:
 
 @torch.no_grad()
 def fold_statistics(vae: AutoencoderKL, pictures) -> None:
-    """Rescale latent channels in place to mean 0 and std 1 / scaling factor; reconstructions do not change.
+    """Turn the latents in place to their principal components, mean 0; reconstructions do not change.
 
-    The posterior's std becomes half of NOISE, in units of the channel's own, whatever the picture.
+    A component of variance v gets a variance of about sqrt(v), and the mean variance is 1 after the pipeline's scaling
+    factor: what carries most of the picture stays the loudest, and the rest can be heard through the same noise.
+    The posterior's std becomes half of NOISE, the same in every channel and picture.
     """
     mean, _ = encode(vae, pictures)
     device = vae.quant_conv.weight.device
-    center = mean.mean((0, 2, 3)).to(device)
-    gain = (1 / SCALING_FACTOR) / mean.std((0, 2, 3)).to(device)
     c = vae.config.latent_channels
-    # encoder: mean' = (mean - center) * gain, log var' = 2 log(noise / 2 / scaling factor)
-    vae.quant_conv.weight[:c] *= gain.view(-1, 1, 1, 1)
-    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - center) * gain
-    vae.quant_conv.weight[c:] = 0
-    vae.quant_conv.bias[c:] = 2 * math.log(0.5 * NOISE / SCALING_FACTOR)
-    # decoder: W z = W (z' / gain + center)
-    post = vae.post_quant_conv
+    rows = mean.permute(0, 2, 3, 1).reshape(-1, c)
+    center = rows.mean(0).to(device)
+    variance, basis = torch.linalg.eigh(torch.cov(rows.T))
+    gain = variance.clamp(min=1e-3 * variance.max()) ** -0.25
+    gain = gain / (SCALING_FACTOR * (variance * gain**2).mean().sqrt())
+    # encoder: z' = G (z - center) with G = diag(gain) basis^T; log var' = 2 log(noise / 2 / scaling factor)
+    turn = (gain[:, None] * basis.T).to(device)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:c] = torch.einsum("oc,cikl->oikl", turn, quant.weight[:c])
+    quant.bias[:c] = turn @ (quant.bias[:c] - center)
+    quant.weight[c:] = 0
+    quant.bias[c:] = 2 * math.log(0.5 * NOISE / SCALING_FACTOR)
+    # decoder: W z = W (G^-1 z' + center)
+    back = (basis / gain).to(device)
     post.bias += F.conv2d(center.view(1, -1, 1, 1), post.weight).flatten()
-    post.weight /= gain.view(1, -1, 1, 1)
+    post.weight.copy_(torch.einsum("ocij,cd->odij", post.weight, back))
