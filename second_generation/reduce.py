@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from helpers.minisd import architecture
