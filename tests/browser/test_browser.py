@@ -240,7 +240,7 @@ def test_a_narrow_window_has_everything_below_each_other(page, artefacts):
 STUB = """
 from PIL import Image
 
-from helpers.widgets import show_slider
+from helpers.course import show_slider
 
 colours = ("red", "orange", "gold", "green", "teal", "blue", "purple", "black")
 
@@ -266,21 +266,7 @@ CELLS = {
     "step": ("01_stable_diffusion", "c055-slider", ""),
     "guidance": ("01_stable_diffusion", "c057-slider", "rows = [shades(7), shades(7)]"),
     "scale": ("02_lora_by_hand", "lora-44c", ""),
-    "rank": ("02_lora_by_hand", "lora-50h-slider", ""),
 }
-RANK = """
-from helpers import lora
-from helpers.adapters import read_adapter
-from helpers.components import load_components
-from helpers.lowrank import LoRAWeights, attach, best_of_rank
-from helpers.presets import get_preset
-from helpers.runs import REFERENCE
-from helpers.sampling import generate
-
-components = load_components(get_preset("mini"))
-unet, portrait, seed, sampling = components.unet, "a drawing of a man with a red scarf", 4, {"num_inference_steps": 8}
-doodles = read_adapter(next(REFERENCE.glob("doodles-*")) / "adapter").of("unet")
-"""
 
 
 def source_of(name, cell_id):
@@ -292,7 +278,7 @@ def source_of(name, cell_id):
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_chapters_slider_moves_its_pictures(lab, browser, artefacts, kind):
     name, cell_id, before = CELLS[kind]
-    code = [STUB, RANK if kind == "rank" else before, source_of(name, cell_id)]
+    code = [STUB, before, source_of(name, cell_id)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook = new_notebook(cells=[new_code_cell(source) for source in code], metadata={"kernelspec": kernel})
     nbformat.write(notebook, lab.folder / f"{kind}.ipynb")

@@ -18,9 +18,10 @@ NOTEBOOKS = notebooks.committed()
 MAX_LINES = 40  # a taught definition fits one cell
 # What a lesson is about must be written in front of the reader, not imported.
 MUST_TEACH = {
+    "11": {"best_of_rank"},
     "02": {
         *("LoRALayer", "LoRALinear", "LoRAConv2d", "find_targets", "wrap", "inject", "scaled", "compose"),
-        *("delta_weight", "merge", "unmerge", "remove", "best_of_rank"),
+        *("delta_weight", "merge", "unmerge", "remove"),
     },
     "04": {
         *("batch_indices", "draw_step", "diffusion_target", "loss_weights"),
