@@ -1,6 +1,10 @@
 """A tiny canvas: boxes, labels, arrows and groups, written as SVG. Lengths are pixels at a width of 700.
 
-Text takes a little markup: *italic*, ~subscript~ and {unet:W}, italic in a part's colour. Positions are given by who draws; nothing is laid out here.
+Text takes a little markup: *italic*, ~subscript~ and {unet:W}, italic in a part's colour. Whoever draws gives the
+positions; nothing is laid out here.
+
+A diagram stands on a ground of its own, so that it can be read on pages of any colour. Where the reader's system is
+dark (or the page says so of its pictures: `color-scheme: dark`), its colours are the dark ones.
 """
 
 from __future__ import annotations

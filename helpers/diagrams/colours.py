@@ -1,7 +1,7 @@
 """One colour per part of Stable Diffusion, the same in every diagram, each for a light and a dark ground.
 
-The hues are those of the course's figures (Okabe and Ito's palette, which colour-blind readers can tell apart). A frozen
-part has a pale face and a strong frame; what trains has a solid face.
+The hues are those of the course's figures (Okabe and Ito's palette, which colour-blind readers can tell apart). A
+frozen part has a pale face and a strong frame; what trains has a solid face.
 """
 
 from __future__ import annotations

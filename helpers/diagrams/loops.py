@@ -63,8 +63,8 @@ def training_step() -> Picture:
         "One step of training",
         "The frozen VAE encoder turns the image into latents x_0; noise is added, as much as the timestep says, and the"
         " noisy latents x_t enter the frozen U-Net with its LoRA, together with the timestep and the caption from the"
-        " frozen text encoder. The loss is the squared error between the U-Net's prediction and the target, the velocity"
-        " v. Its gradient changes A and B of the LoRA and nothing else.",
+        " frozen text encoder. The loss is the squared error between the U-Net's prediction and the target, the"
+        " velocity v. Its gradient changes A and B of the LoRA and nothing else.",
     )
 
 
@@ -80,7 +80,7 @@ def _inputs(canvas: Canvas) -> None:
     canvas.arrow((244, 123), (268, 123))
     canvas.box(268, 98, 84, 50, "latents", "data", "*x*~0~")
     canvas.arrow((352, 123), (376, 123))
-    canvas.box(376, 98, 112, 50, "add noise", "scheduler", "more at a larger *t*")
+    canvas.box(376, 98, 112, 50, "add noise", "scheduler", "more at larger *t*")
     canvas.arrow((488, 123), (540, 123))
     canvas.label(512, 114, "*x*~t~", 13)
     canvas.box(368, 188, 76, 34, "noise", "data")

@@ -41,8 +41,8 @@ def stable_diffusion() -> Picture:
         f"The prompt goes through tokenizer and text encoder to {size.tokens} embeddings of width {size.text_width},"
         f" which enter the U-Net. Noise, {latent}, is the first latents. {size.steps} times the U-Net takes latents and"
         " timestep and outputs a prediction, from which the scheduler makes less noisy latents for the next step. After"
-        f" the last step the VAE's decoder makes the image, {image}. The VAE's encoder, from image to latents, is needed"
-        " for training only.",
+        f" the last step the VAE's decoder makes the image, {image}. The VAE's encoder, from image to latents, is"
+        " needed for training only.",
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from helpers.diagrams.canvas import Canvas, Picture
 from helpers.diagrams.sizes import Level, sizes
 
-
 _SHEET = 48  # channels that one sheet of a stack of feature maps stands for
 
 

@@ -29,20 +29,7 @@ def lora() -> Picture:
     canvas.label(a + n / 2, top + 144, _share(n, r), 14, bold=True)
     canvas.label(a + n / 2, top + 164, f"{2 * n * r:,} in place of {n * n:,} parameters")
 
-    canvas.rectangle(20, 340, 660, 170, "group-pale", "edge", r=10)
-    top, left, scale = 361, 40, 0.1
-    side, thin = wide * scale, r * scale
-    canvas.box(left, top, side, side, "*W*", "unet", f"{wide:,} ×\n{wide:,}", size=18)
-    canvas.text(left + side + 27, top + side / 2 + 7, "+", 22, bold=True)
-    b = left + side + 54
-    canvas.rectangle(b, top, thin, side, "lora", r=0)
-    canvas.label(b + 12, top + side / 2 + 6, "*B*", 18, anchor="start", bold=True)
-    canvas.rectangle(b + 46, top, side, thin, "lora", r=0)
-    canvas.label(b + 46 + side / 2, top + 24, "*A*", 18, bold=True)
-    words, x = f"A layer of Stable Diffusion, a tenth\nof the scale, with the same rank {r}", 424
-    canvas.label(x, top + 14, words, 13, anchor="start")
-    canvas.label(x, top + 66, _share(wide, r), 14, anchor="start", bold=True)
-    canvas.label(x, top + 86, f"{2 * wide * r:,} in place of\n{wide * wide:,} parameters", anchor="start")
+    _inset(canvas, wide, r)
     return canvas.picture(
         "LoRA: a big square beside two thin rectangles",
         f"y = Wx + (alpha / r) BAx. Drawn to scale, W is a square of {n} by {n}, frozen; B is {n} by {r} and A {r} by"
@@ -50,6 +37,23 @@ def lora() -> Picture:
         f" Diffusion of {wide:,} by {wide:,}: at the same rank {2 * wide * r:,} in place of {wide * wide:,}, so B and A"
         " are hairlines.",
     )
+
+
+def _inset(canvas: Canvas, n: int, r: int) -> None:
+    """A layer of Stable Diffusion, at a tenth of the scale."""
+    canvas.rectangle(20, 340, 660, 170, "group-pale", "edge", r=10)
+    top, left, side, thin = 361, 40, 0.1 * n, 0.1 * r
+    canvas.box(left, top, side, side, "*W*", "unet", f"{n:,} ×\n{n:,}", size=18)
+    canvas.text(left + side + 27, top + side / 2 + 7, "+", 22, bold=True)
+    b, a, words = left + side + 54, left + side + 100, 424
+    canvas.rectangle(b, top, thin, side, "lora", r=0)
+    canvas.label(b + 12, top + side / 2 + 6, "*B*", 18, anchor="start", bold=True)
+    canvas.rectangle(a, top, side, thin, "lora", r=0)
+    canvas.label(a + side / 2, top + 24, "*A*", 18, bold=True)
+    said = f"A layer of Stable Diffusion, a tenth\nof the scale, with the same rank {r}"
+    canvas.label(words, top + 14, said, 13, anchor="start")
+    canvas.label(words, top + 66, _share(n, r), 14, anchor="start", bold=True)
+    canvas.label(words, top + 86, f"{2 * n * r:,} in place of\n{n * n:,} parameters", anchor="start")
 
 
 def _share(n: int, r: int) -> str:

@@ -32,7 +32,7 @@ def guidance() -> Picture:
     canvas.label(at(1)[0] + 14, at(1)[1] - 24, "with the prompt", 14, anchor="start", bold=True)
     canvas.label(at(1)[0] + 14, at(1)[1] - 6, "*s* = 1", anchor="start")
     canvas.label(at(scale)[0] + 12, at(scale)[1] + 2, "guided", 14, anchor="start", bold=True)
-    canvas.label(at(scale)[0] + 12, at(scale)[1] + 20, f"*s* = {scale}, the course's", anchor="start")
+    canvas.label(at(scale)[0] + 12, at(scale)[1] + 20, f"*s* = {scale}, as in the course", anchor="start")
     canvas.rectangle(330, 236, 348, 72, "group-pale", "edge", r=10)
     canvas.label(504, 266, "guided = without + *s* · (with − without)", 14, bold=True)
     canvas.label(504, 290, "The larger *s*, the further along the dashed line.")

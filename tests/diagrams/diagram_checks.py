@@ -1,4 +1,4 @@
-"""What is wrong with a diagram: measured in its SVG, with letters as wide as DejaVu Sans', the widest that it asks for."""
+"""What is wrong with a diagram: measured in its SVG, with the widest letters that it asks for (DejaVu Sans)."""
 
 from __future__ import annotations
 
