@@ -102,9 +102,11 @@ def add_alt(app, doctree) -> None:
 def _alts(output: dict):
     """(hash of the picture, alt text) of each picture in an output."""
     for kind, data in output.get("data", {}).items():
-        if kind in ("image/jpeg", "image/png"):
+        if kind in ("image/jpeg", "image/png", "image/svg+xml"):
             said = output["metadata"].get(kind, {}).get("alt") or "".join(output["data"].get("text/plain", ""))
-            yield hashlib.sha256(b64decode("".join(data))).hexdigest(), said
+            text = "".join(data)
+            picture = text.encode() if kind == "image/svg+xml" else b64decode(text)
+            yield hashlib.sha256(picture).hexdigest(), said
 
 
 def add_download(app, page, template, context, doctree) -> None:

@@ -80,7 +80,7 @@ def problems(path: Path | str) -> list[str]:
 
     Rules: at most 1 MB; a cell tagged `parameters`; no papermill or widget metadata; code cells of at most 40 lines,
     executed 1, 2, 3 … in order; no errors, nothing on stderr, no widgets, no absolute paths in what was typed or
-    printed; pictures as JPEG with an alt text.
+    printed; pictures as JPEG, diagrams as SVG, each with an alt text.
     """
     path = Path(path)
     notebook = read(path)
@@ -136,7 +136,7 @@ def _output_problems(output: nbformat.NotebookNode) -> Iterator[str]:
     for kind in data:
         if not kind.startswith("image/"):
             continue
-        if kind != "image/jpeg":
+        if kind not in ("image/jpeg", "image/svg+xml"):  # vectors are diagrams
             yield f"a picture as {kind} instead of image/jpeg"
         text = data.get("text/plain", "")
         alt = metadata.get(kind, {}).get("alt") or ("" if text.startswith("<") else text)

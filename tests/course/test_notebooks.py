@@ -139,6 +139,12 @@ def test_a_sound_notebook_has_no_problems(tmp_path):
     assert problems(write(sound(), tmp_path)) == []
 
 
+def test_a_diagram_is_an_svg_with_words_beside_it(tmp_path):
+    notebook = sound()
+    notebook.cells[3].outputs[0].data = {"image/svg+xml": "<svg/>", "text/plain": "a red square"}
+    assert problems(write(notebook, tmp_path)) == [] == problems(write(clean(notebook), tmp_path))
+
+
 def set_count(nb):
     nb.cells[2].execution_count = 7
 
@@ -183,6 +189,10 @@ def png(nb):
     nb.cells[3].outputs[0].data = {"image/png": picture_bytes("PNG"), "text/plain": "a red square"}
 
 
+def svg_without_alt(nb):
+    nb.cells[3].outputs[0].data = {"image/svg+xml": "<svg/>", "text/plain": "<Picture>"}
+
+
 def no_alt(nb):
     nb.cells[3].outputs[0].data["text/plain"] = "<Figure size 8x8>"
 
@@ -224,6 +234,7 @@ BROKEN = {
     long_cell: "41 lines",
     png: "image/png",
     no_alt: "without alt text",
+    svg_without_alt: "without alt text",
     markdown_alt: "without alt text",
     widget: "widget",
     papermill_metadata: "'papermill'",
