@@ -117,7 +117,7 @@ def train_unet(
     unet.train().to(memory_format=torch.channels_last)
     modules = {"unet": unet, "text_encoder": text_encoder.train()}
     parameters = [p for m in modules.values() for p in m.parameters()]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     ema = Ema(modules, decay=0.999)
     budget.resume(modules, optimizer, ema)
     schedule = alphas_cumprod().to(device)
