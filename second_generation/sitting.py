@@ -1,8 +1,9 @@
 """One sitting of the U-Net: `python -m second_generation.sitting --folder FOLDER --seed N --minutes M`.
 
-FOLDER holds the pipeline (`warm_start`), and gets the latents of this sitting's own pictures (drawn once, another seed each
-sitting), a checkpoint and newer weights every five minutes, and sheets. Kill it when time is up; then
-`python -m second_generation.keep FOLDER/pipeline`. Where others compute beside it: OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=20000.
+FOLDER holds the pipeline (`warm_start`). It gets the latents of this sitting's own pictures, drawn once, another seed
+each sitting; a checkpoint and newer weights every five minutes; and sheets. Kill it when time is up; then
+`python -m second_generation.keep FOLDER/pipeline`.
+Where others compute beside it, set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=20000.
 """
 
 import argparse
