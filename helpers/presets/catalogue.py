@@ -73,9 +73,10 @@ _HUB = Datasets(
 # size.
 CLIP = (("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"),)
 CLIP_GB = 1.7
-_SD_TRAIN = TrainConfig(learning_rate=1e-4, mixed_precision="auto")
+EARLY = (15, 30, 60, 125)  # steps, each about twice the one before: the style is seen coming in
+_SD_TRAIN = TrainConfig(learning_rate=1e-4, mixed_precision="auto", early_validations=EARLY)
 # All linear layers: adapters on attention alone cost an earlier, shallower MiniSD the subjects of vintage pictures.
-_MINI_TRAIN = TrainConfig(targets=LINEAR, lr_schedule="cosine")
+_MINI_TRAIN = TrainConfig(targets=LINEAR, lr_schedule="cosine", early_validations=EARLY)
 
 
 def _mini(name: str, title: str, datasets: Datasets, train: TrainConfig, **budgets) -> Preset:
@@ -121,7 +122,11 @@ PRESETS: dict[str, Preset] = {
             "MiniSD (smoke test)",
             _DRAWN_SMALL,
             # More epochs than there are: validation before the first step and after the last one only.
-            replace(_MINI_TRAIN, steps=20, batch_size=4, validation_epochs=1000, checkpoint_every=10, held_out_eval=8),
+            replace(
+                _MINI_TRAIN,
+                **{"steps": 20, "batch_size": 4, "validation_epochs": 1000, "early_validations": ()},
+                **{"checkpoint_every": 10, "held_out_eval": 8},
+            ),
             eval_prompts=8,
             control_prompts=4,
             num_inference_steps=6,

@@ -42,6 +42,7 @@ class TrainConfig:
     lr_schedule: str = "constant"  # "constant", "linear" or "cosine": what follows the warm-up, down to zero
     validation_epochs: int = 2  # validation pictures every so many epochs, and before the first and after the last step
     validation_steps: int = 0  # if not 0: every so many steps instead
+    early_validations: tuple[int, ...] = ()  # after these steps too: a style comes in long before the second epoch ends
     validation_seeds: int = 1  # pictures of each validation prompt
     checkpoint_every: int = 50
     keep_checkpoints: int = 2  # of the last ones; the best one is kept besides
@@ -64,6 +65,8 @@ class TrainConfig:
         for name in (*not_negative, "noise_offset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, and is {getattr(self, name)}")
+        if any(step < 1 for step in self.early_validations):
+            raise ValueError(f"early_validations are steps from 1, not {self.early_validations}")
         if self.learning_rate <= 0 or self.alpha <= 0 or self.lora_plus <= 0:
             raise ValueError("learning_rate, alpha and lora_plus must be positive")
         if not 0 <= self.ema_decay < 1:

@@ -42,6 +42,7 @@ def as_trial(preset: Preset) -> Preset:
         batch_size=2,
         gradient_accumulation_steps=min(2, preset.train.gradient_accumulation_steps),
         validation_epochs=1000,
+        early_validations=(),
         checkpoint_every=1,
         held_out_eval=2,
     )

@@ -100,6 +100,7 @@ class Study:
             "steps": self.steps,
             "seed": seed,
             "validation_epochs": NEVER,
+            "early_validations": (),
             "held_out_eval": 0,
             "checkpoint_every": every,
             "keep_checkpoints": self.steps // every,

@@ -22,9 +22,13 @@ HELD_OUT_TIMESTEPS = 8  # of the fixed grid on which the held-out loss is measur
 
 
 def validation_steps(config: TrainConfig, rows: int) -> list[int]:
-    """Before the first step, after every `validation_epochs` epochs or `validation_steps` steps, after the last."""
+    """Before the first step, after every `validation_epochs` epochs or `validation_steps` steps, after the last.
+
+    And after the `early_validations` that come before the end.
+    """
     every = config.validation_steps or config.validation_epochs * steps_per_epoch(config, rows)
-    return [*range(0, config.steps, every), config.steps]
+    early = [step for step in config.early_validations if step < config.steps]
+    return sorted({*range(0, config.steps, every), *early, config.steps})
 
 
 def validation_pairs(config: TrainConfig, prompts: tuple[str, ...] | list[str]) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from helpers.presets.configuration import TrainConfig
+from helpers.presets.variants import get_preset
 from helpers.training.draws import batch_indices, draw_step, epoch_order, generator_for, seed_for, steps_per_epoch
 from helpers.training.validation import validation_steps
 
@@ -56,6 +57,9 @@ def test_steps_per_epoch_of_the_two_datasets():
     assert [steps_per_epoch(TrainConfig(), rows) for rows in (1000, 685)] == [125, 86]
     assert validation_steps(TrainConfig(), 1000) == [0, 250, 500, 750, 1000]
     assert validation_steps(TrainConfig(), 685) == [0, 172, 344, 516, 688, 860, 1000]
+    mini = get_preset("mini").train
+    assert validation_steps(mini, 1000) == [0, 15, 30, 60, 125, 250, 500, 750, 1000]
+    assert validation_steps(mini, 685) == [0, 15, 30, 60, 125, 172, 344, 516, 688, 860, 1000]
 
 
 def test_latents_are_samples_of_the_posterior(latents):

@@ -121,9 +121,16 @@ def test_validating_more_often_changes_nothing(tiny, whole, world, pictures):
     ({"steps": 10, "validation_steps": 5, "validation_epochs": 1}, [0, 5, 10]),
     ({"steps": 10, "validation_steps": 1}, list(range(11))),
     ({"steps": 1, "validation_steps": 7}, [0, 1]),
+    ({"steps": 10, "validation_epochs": 2, "early_validations": (1, 2, 6, 30)}, [0, 1, 2, 6, 10]),  # none twice
+    ({"steps": 10, "validation_steps": 4, "early_validations": (3, 1)}, [0, 1, 3, 4, 8, 10]),
 ])  # fmt: skip
 def test_validations_come_first_in_between_and_last(settings, expected):
     assert validation_steps(TrainConfig(batch_size=4, **settings), 10) == expected
+
+
+def test_an_early_validation_comes_after_a_step():
+    with pytest.raises(ValueError, match="early_validations are steps from 1, not \\(0, 15\\)"):
+        TrainConfig(early_validations=(0, 15))
 
 
 def test_several_seeds_of_each_prompt(tiny):
