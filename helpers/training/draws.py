@@ -110,7 +110,7 @@ def draw_step(config: TrainConfig, cache: LatentCache, step: int, num_train_time
         # the same number for a whole channel of a picture
         noise = noise + config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator("noise offset"))
     timesteps = torch.randint(num_train_timesteps, (len(indices),), generator=generator("timesteps"))
-    # Without a caption now and then, the U-Net keeps knowing what guidance needs: pictures of anything
+    # Dropping the caption now and then preserves the unconditional prediction that guidance needs
     dropped = torch.rand(len(indices), generator=generator("dropout")) < config.caption_dropout
     rows = cache.caption_index[indices]
     if rows.ndim == 2:  # several orders of each caption: one of them, new at every visit of the picture

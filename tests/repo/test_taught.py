@@ -23,10 +23,7 @@ MUST_TEACH = {
         *("LoRALayer", "LoRALinear", "LoRAConv2d", "find_targets", "wrap", "inject", "scaled", "compose"),
         *("delta_weight", "merge", "unmerge", "remove"),
     },
-    "04": {
-        *("batch_indices", "draw_step", "diffusion_target", "loss_weights"),
-        *("part_loss", "training_step", "train_loop", "train"),
-    },
+    "04": {"diffusion_target", "batch_indices", "draw_step", "part_loss", "training_step"},
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
