@@ -98,8 +98,8 @@ def test_solutions_are_checked_by_the_same_lines(path):
 def test_solutions_pass_and_stubs_fail(path, monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path))
     monkeypatch.setenv("COURSE_HEADLESS", "1")
-    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)  # pictures are for readers
     monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)  # outside of a kernel pictures are printed
     names: dict = {"__name__": "__main__"}
     asked = exercise_cells(path)
     for cell in notebooks.read(SOLUTIONS / path.name).cells:

@@ -208,7 +208,7 @@ def test_a_storage_that_cannot_be_opened_is_named():
 
 def test_putting_trials_in_line_twice_changes_nothing(storage):
     opened = open_study(SMALL, storage)
-    assert [enqueue(SMALL, opened), enqueue(SMALL, open_study(SMALL, storage))] == [7, 0]
+    assert [enqueue(SMALL, opened), enqueue(SMALL, open_study(SMALL, storage))] == [6, 0]
     waiting = opened.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     assert [key_of(trial) for trial in waiting] == grid(SMALL)
 
@@ -217,7 +217,7 @@ def test_failed_trials_are_put_in_line_again(storage, asked):
     opened = open_study(SMALL, storage)
     enqueue(SMALL, opened)
     opened.tell(opened.ask(), state=TrialState.FAIL)  # as when its worker is stopped by hand
-    assert states(opened) == {"FAIL": 1, "WAITING": 6}
+    assert states(opened) == {"FAIL": 1, "WAITING": 5}
     assert enqueue(SMALL, opened) == 1 and enqueue(SMALL, opened) == 0
     work(SMALL, storage, quiet)
     assert sorted(asked) == sorted(grid(SMALL)) and asked[-1] == (CENTRE, 0), "it waits at the end of the line"
@@ -231,7 +231,7 @@ def test_one_worker_runs_every_trial_in_order(storage, asked):
     opened, lines = open_study(SMALL, storage), []
     enqueue(SMALL, opened)
     work(SMALL, storage, lines.append)
-    assert asked == grid(SMALL) and states(opened) == {"COMPLETE": 7}
+    assert asked == grid(SMALL) and states(opened) == {"COMPLETE": 6}
     assert lines[0] == "1/6 centre, seed 0: style 0.55, content 0.50" and lines[-1].startswith("6/6 rank=4")
     done = finished(opened)
     assert set(done) == set(grid(SMALL)) and done["rank=4", 1].values == pytest.approx([0.55, 0.5])
@@ -388,8 +388,8 @@ def trials_in(folder):
 def test_a_sweep_runs_what_is_missing_and_writes_it_down(storage, asked, folder):
     lines = []
     assert sweep.sweep(SMALL, storage, say=lines.append) and asked == grid(SMALL) == trials_in(folder)
-    assert lines[0] == "small: 7 trials, 0 done (0 of them taken from the file)"
-    assert lines[-1] == "small: complete; see small.json" and len(lines) == 9
+    assert lines[0] == "small: 6 trials, 0 done (0 of them taken from the file)"
+    assert lines[-1] == "small: complete; see small.json" and len(lines) == 8
     before = (folder / "small.json").read_bytes()
     lines.clear()
     assert sweep.sweep(SMALL, storage, say=lines.append), "a second time it is only written"
@@ -443,7 +443,7 @@ def test_another_machine_takes_over_what_the_file_holds(committed, asked, folder
 def test_a_study_grows_by_points_and_seeds_and_keeps_what_it_has(committed, asked, storage, folder):
     grown = replace(SMALL, points=(*SMALL.points, Point("rank", "8", {"rank": 8})), seeds=(0, 1, 2))
     assert sweep.sweep(grown, storage, say=quiet)
-    assert asked == [key for key in grid(grown) if key not in grid(SMALL)] and len(asked) == 6
+    assert asked == [key for key in grid(grown) if key not in grid(SMALL)] and len(asked) == 5
     assert trials_in(folder) == grid(grown)
 
 
