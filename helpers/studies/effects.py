@@ -24,8 +24,8 @@ def crossed_bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> 
     """Mean of values [S, N] with its 95% percentile interval, seeds and prompts resampled independently of each other.
 
     The pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1): rows and columns both are samples of what
-    could have been taken. S seeds, drawn with replacement, would spread (S - 1) / S times as much as they should: so
-    their differences from the mean are widened first. One seed says nothing of others. n is the number of values.
+    could have been taken. The mean of S seeds, drawn with replacement, has (S - 1) / S of the variance that it should
+    have, so their differences are widened first. One seed says nothing of others. n is the number of values.
     Raises ValueError unless the table is full and finite.
     """
     values = np.asarray(values, dtype=float)
