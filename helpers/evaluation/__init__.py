@@ -4,7 +4,16 @@ Every number comes with its count and a 95% interval, and is read beside control
 """
 
 from helpers.evaluation.classifier import load_classifier
-from helpers.evaluation.distances import copy_share, diversity, mmd, mmd_interval, nearest, pixel_distances
+from helpers.evaluation.distances import (
+    copy_share,
+    diversity,
+    fidelity,
+    mmd,
+    mmd_interval,
+    nearest,
+    pixel_distances,
+    shuffled_shares,
+)
 from helpers.evaluation.encoders import load_encoder
 from helpers.evaluation.imagenet import ImageNetEncoder
 from helpers.evaluation.measures import (
@@ -25,6 +34,7 @@ from helpers.evaluation.measures import (
     wilson,
 )
 from helpers.evaluation.probe import load_probe
+from helpers.evaluation.sight import through_vae
 
 __all__ = [
     "Evaluation",
@@ -42,6 +52,7 @@ __all__ = [
     "diversity",
     "evaluate",
     "evaluation_scenes",
+    "fidelity",
     "judge",
     "load_classifier",
     "load_encoder",
@@ -51,5 +62,7 @@ __all__ = [
     "nearest",
     "pixel_distances",
     "random_adapter",
+    "shuffled_shares",
+    "through_vae",
     "wilson",
 ]

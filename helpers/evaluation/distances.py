@@ -1,9 +1,8 @@
 """Comparing sets of pictures by their features: how far apart, how varied, and nearer to what a model was trained on?
 
 Everything here takes features, tensors with one row a picture as `helpers.evaluation.encoders` gives them, and knows
-nothing about
-models. Arithmetic is float64: with sigma 10 the kernel of two rows of length 1 lies between 0.98 and 1, so that the
-squared distances below are small differences of large numbers.
+nothing about models. Arithmetic is float64: with sigma 10 the kernel of two rows of length 1 lies between 0.98 and 1,
+so that the squared distances below are small differences of large numbers.
 """
 
 from __future__ import annotations
@@ -217,6 +216,19 @@ def copy_share(x: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> Mea
     ahead = nearest(x, train)[1] - nearest(x, held_out)[1]
     nearer, ties = int((ahead > TIE).sum()), int((ahead.abs() <= TIE).sum())
     return wilson(nearer + ties // 2, len(x))
+
+
+def shuffled_shares(chosen: list[int], pool: int, seed: int = 0, draws: int = 1000) -> np.ndarray:
+    """What chance gives as the share of copies: [draws] shares of `chosen` that random halves of a pool hold.
+
+    chosen: for each generated picture, which of the `pool` real ones is most similar to it. Had none been trained on,
+    the names "training" and "held-out" would mean nothing, and could be dealt out anew (Fisher's permutation test).
+    The spread holds the luck of which pictures were held out, and that one picture can be nearest to many.
+    """
+    counts = np.bincount(chosen, minlength=pool)  # how many generated pictures each real one is nearest to
+    halves = np.tile(np.arange(pool) < pool // 2, (draws, 1))
+    halves = np.random.default_rng(seed).permuted(halves, axis=1)
+    return halves @ counts / len(chosen)
 
 
 # --- two pictures, pixel by pixel ---------------------------------------------------------------------------------

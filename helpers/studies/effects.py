@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from helpers.evaluation.measures import Measure, wilson
+from helpers.evaluation.distances import shuffled_shares
+from helpers.evaluation.measures import Measure
 from helpers.studies.questions import CENTRE, FOLDER
 
 DRAWS = 2000
@@ -23,13 +24,17 @@ def crossed_bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> 
     """Mean of values [S, N] with its 95% percentile interval, seeds and prompts resampled independently of each other.
 
     The pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1): rows and columns both are samples of what
-    could have been taken. With few seeds it is a little too narrow in their share of the variance: S values, drawn with
-    replacement, spread (S - 1) / S times as much as they should. n is the number of values.
+    could have been taken. The mean of S seeds, drawn with replacement, has (S - 1) / S of the variance that it should
+    have, so their differences are widened first. One seed says nothing of others. n is the number of values.
     Raises ValueError unless the table is full and finite.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(f"the values of seeds and prompts should be a full table, not {values.shape}")
+    seeds = len(values)
+    if seeds > 1:
+        wider = np.sqrt(seeds / (seeds - 1)) - 1
+        values = values + wider * (values.mean(1, keepdims=True) - values.mean())
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, values.shape[0], (draws, values.shape[0]))
     columns = rng.integers(0, values.shape[1], (draws, values.shape[1]))
@@ -120,10 +125,24 @@ class Findings:
             raise ValueError(f"{point!r} has {len(a)} seeds and {other!r} has {len(b)}: they cannot be paired")
         return crossed_bootstrap(a - b)
 
+    def chance(self, point: str, judge: str = "world", step: int | None = None) -> tuple[float, float]:
+        """(low, high): the share of copies that a model which copies nothing has, 95 times in 100.
+
+        "Training" and "held-out" are dealt out anew among the real pictures (`shuffled_shares`).
+        """
+        found = self.measured(point, f"nearest.{judge}", step)
+        chosen = [picture for trial in found for picture in trial["chosen"]]
+        low, high = np.quantile(shuffled_shares(chosen, found[0]["pool"]), (0.025, 0.975))
+        return float(low), float(high)
+
     def copies(self, point: str, judge: str = "world", step: int | None = None) -> Measure:
-        """Share of the pictures nearer to a training than to a held-out one, all seeds together (Wilson's interval)."""
+        """Share of the pictures nearer to a training than to a held-out one, all seeds together.
+
+        Its interval is as wide as the range of `chance`, so that it leaves one half out when chance leaves it out.
+        """
         nearer, total = np.sum(self.measured(point, f"copies.{judge}", step), axis=0)
-        return wilson(int(nearer), int(total))
+        share, (low, high) = float(nearer / total), self.chance(point, judge, step)
+        return Measure(share, max(0.0, share - (high - 0.5)), min(1.0, share + (0.5 - low)), int(total))
 
     def gap(self, point: str, step: int | None = None) -> Measure:
         """Held-out loss minus training loss, with an interval over seeds and pictures of both sets.

@@ -1,9 +1,8 @@
 """What the studies ask: which settings are compared, on which pictures, with which seeds.
 
 A study has one centre, the course's own settings, and varies one factor at a time from there; `helpers.studies.trials`
-trains
-and measures one point with one seed, `helpers.studies.sweep` goes through all of them, and `helpers.studies.effects`
-reads the results.
+trains and measures one point with one seed, `helpers.studies.sweep` goes through all of them, and
+`helpers.studies.effects` reads the results. Each level costs a training run: two per factor show a direction.
 """
 
 from __future__ import annotations
@@ -119,10 +118,15 @@ def _numbers(name: str, *values: float) -> tuple[Point, ...]:
     return _varied(name, {f"{value:g}": {name: value} for value in values})
 
 
-_CONTROLS = _varied("control", {name: {"control": name} for name in CONTROLS})
+def _controls(*names: str) -> tuple[Point, ...]:
+    return _varied("control", {name: {"control": name} for name in names})
+
+
+_CONTROLS = _controls(*CONTROLS)
 # How a study that measures its runs at 125 steps first keeps them: others that say the same share what they train.
 _SHARED = {"checkpoint_every": 125, "keep_checkpoints": 8}
 _CROSS = tuple(f"attn2.{name}" for name in ATTENTION)
+_FULL = {"method": "full", "learning_rate": 1e-4}  # every weight of the U-Net
 # The three rules agree at rank 16, the centre: alpha / r = 1, and 4 / sqrt(r) = 1.
 _RULES = {
     "alpha = r": lambda rank: {"alpha": float(rank)},
@@ -132,28 +136,25 @@ _RULES = {
 _RANKS = tuple(
     point
     for rule, settings in _RULES.items()
-    for point in _varied(f"rank, {rule}", {str(rank): {"rank": rank, **settings(rank)} for rank in (1, 4, 64)})
+    for point in _varied(f"rank, {rule}", {str(rank): {"rank": rank, **settings(rank)} for rank in (1, 64)})
 )
 
 HYPERPARAMETERS = Study(
     name="hyperparameters",
     question="Which setting matters: learning rate, batch size, rank and alpha, Min-SNR, targets, text encoder, DoRA?",
     style="vintage",
-    measured_at=(300,),
+    measured_at=(150,),
+    prompts=48,
+    loss_rows=16,
     points=(
         Point(CENTRE, ""),
         *_CONTROLS,
-        *_numbers("learning_rate", 1e-4, 3e-4, 3e-3, 1e-2),
-        *_numbers("batch_size", 2, 4, 16),
+        *_numbers("learning_rate", 3e-4, 3e-3, 1e-2),
+        *_numbers("batch_size", 4, 16),
         *_RANKS,
         *_varied(
             "snr_gamma",
-            {
-                "1": {"snr_gamma": 1.0},
-                "5": {"snr_gamma": 5.0},
-                "1, rescaled": {"snr_gamma": 1.0, "rescale_weights": True},
-                "5, rescaled": {"snr_gamma": 5.0, "rescale_weights": True},
-            },
+            {"5": {"snr_gamma": 5.0}, "5, rescaled": {"snr_gamma": 5.0, "rescale_weights": True}},
         ),
         *_varied("targets", {"cross-attention": {"targets": _CROSS}, "attention": {"targets": ATTENTION}}),
         *_varied("text encoder", {"LoRA too": {"train_text_encoder": True}}),
@@ -165,19 +166,30 @@ OVERFITTING = Study(
     name="overfitting",
     question="When does an adapter copy its training pictures, and what keeps it from that?",
     style="doodles",
-    measured_at=(125, 250, 500, 1000),
+    measured_at=(125, 500, 1000),
     seeds=(0,),
     copies=True,
     points=(
         Point(CENTRE, ""),  # 1000 pictures
         *_CONTROLS,
         *_numbers("rows", 16, 64, 256),
-        *_varied("rank at 64 rows", {str(r): {"rows": 64, "rank": r, "alpha": float(r)} for r in (1, 64)}),
-        *_varied("caption_dropout at 64 rows", {f"{p:g}": {"rows": 64, "caption_dropout": p} for p in (0.0, 0.5)}),
-        *_varied(
-            "full fine-tuning",
-            {str(rows): {"rows": rows, "method": "full", "learning_rate": 1e-4} for rows in (64, 1000)},
-        ),
+        Point("full fine-tuning", "1000", _FULL),
+    ),
+)
+
+CAPACITY = Study(
+    name="capacity",
+    question="With 64 pictures, what do rank, caption dropout and training every weight change?",
+    style="doodles",
+    measured_at=(500,),
+    seeds=(0,),
+    copies=True,
+    base={"rows": 64},
+    points=(
+        Point(CENTRE, ""),  # rank 16, dropout 0.1
+        *_varied("rank at 64 rows", {str(r): {"rank": r, "alpha": float(r)} for r in (1, 64)}),
+        *_varied("caption_dropout at 64 rows", {f"{p:g}": {"caption_dropout": p} for p in (0.0, 0.5)}),
+        Point("full fine-tuning", "64", _FULL),
     ),
 )
 
@@ -190,7 +202,6 @@ def _styles(style: str) -> Study:
         measured_at=(125, 500, 1000),
         points=(Point(CENTRE, ""), *_CONTROLS),
         seeds=(0,),
-        unprompted=True,
     )
 
 
@@ -198,15 +209,13 @@ ROBUSTNESS = Study(
     name="robustness",
     question="What do few pictures, wrong captions and a skewed choice of pictures do?",
     style="doodles",
-    measured_at=(1000,),
-    base=_SHARED,
-    copies=True,
+    measured_at=(500,),
     unprompted=True,
     points=(
         Point(CENTRE, ""),
-        *_CONTROLS,
-        *_numbers("rows", 8, 32, 128),
-        *_varied("wrong captions", {f"{p:.0%}": {"source": f"drawn:doodles?shuffled={p}"} for p in (0.1, 0.25, 0.5)}),
+        *_controls("base"),
+        *_numbers("rows", 8),
+        *_varied("wrong captions", {f"{p:.0%}": {"source": f"drawn:doodles?shuffled={p}"} for p in (0.25, 0.5)}),
         *_varied(
             "skew",
             {
@@ -220,15 +229,16 @@ ROBUSTNESS = Study(
 
 LONG_RUN = Study(
     name="long_run",
-    question="Do the settings that win after 300 steps win after 1000 too, on 200 prompts?",
+    question="Do the settings that win a short run win after 1000 steps too, on 128 prompts?",
     style="vintage",
     measured_at=(1000,),
     base=_SHARED,
-    prompts=200,
+    prompts=128,
+    loss_rows=16,
     seeds=(0,),
     points=(
         Point(CENTRE, ""),
-        *_CONTROLS,
+        *_controls("base", "other"),
         *_numbers("learning_rate", 3e-3),
         *_varied("rank, alpha = r", {"64": {"rank": 64, "alpha": 64.0}}),
     ),
@@ -240,6 +250,7 @@ STUDIES: dict[str, Study] = {
         HYPERPARAMETERS,
         LONG_RUN,
         OVERFITTING,
+        CAPACITY,
         ROBUSTNESS,
         *(_styles(style) for style in ("pixel", "blueprint", "stained_glass", "chalkboard")),
     )

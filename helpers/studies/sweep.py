@@ -38,7 +38,6 @@ from helpers.world.datasets import fingerprint
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats are one since 2021
 HEARTBEAT = 60  # seconds; a worker that is silent for five of them is taken for dead
 GRACE = 5 * HEARTBEAT
-MEASURED_ONCE = ("base", "drawn")  # controls in which no seed has a part
 MEASURING = (  # beside what a run depends on
     *("helpers.evaluation", "helpers.world", "helpers.training.full", "helpers.studies.trials"),
 )
@@ -71,14 +70,14 @@ def code_hash(study: Study) -> str:
 def grid(study: Study) -> list[tuple[str, int]]:
     """(name of a point, seed) of every trial: seed by seed, so that a sweep cut short has whole seeds.
 
-    Controls come last, since some of them need the centre's adapter.
+    Controls come last, since some of them need the centre's adapter, and with the first seed alone.
     """
     points = sorted(study.points, key=lambda point: "control" in point.settings)
     return [
         (point.name, seed)
         for seed in study.seeds
         for point in points
-        if seed == study.seeds[0] or point.settings.get("control") not in MEASURED_ONCE
+        if seed == study.seeds[0] or "control" not in point.settings
     ]
 
 

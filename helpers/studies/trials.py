@@ -34,7 +34,7 @@ from helpers.diffusion.components import Components, load_components
 from helpers.diffusion.sampling import generate
 from helpers.diffusion.weights import weights_fingerprint
 from helpers.evaluation.classifier import WEIGHTS, load_classifier
-from helpers.evaluation.distances import copy_share, mmd
+from helpers.evaluation.distances import copy_share, mmd, nearest
 from helpers.evaluation.encoders import PictureEncoder, WorldEncoder
 from helpers.evaluation.imagenet import ImageNetEncoder
 from helpers.evaluation.measures import (
@@ -195,7 +195,10 @@ def measure(study: Study, spec: DatasetSpec, preset: Preset, components: Compone
 
 
 def of_pictures(study: Study, spec: DatasetSpec, preset: Preset, done: Evaluation) -> dict[str, Any]:
-    """For each judge: style probability and content share of every picture, style distance, and how many are copies."""
+    """For each judge: style probability and content share of every picture, style distance, and how many are copies.
+
+    nearest: which picture is the most similar one to each, of all training pictures and then the held-out ones.
+    """
     found: dict[str, Any] = {}
     for name, classifier in judges(study.style).classifiers.items():
         verdict = done.verdict if name == "world" else judge(done.pictures, classifier)
@@ -210,8 +213,11 @@ def of_pictures(study: Study, spec: DatasetSpec, preset: Preset, done: Evaluatio
         found[f"distance.{name}"] = round(mmd(features, held_out[:FLOOR_ROWS]), DIGITS)
         if study.copies:
             train_rows = references(encoder, spec, preset, "train", spec.train_rows)
-            share = copy_share(features, train_rows, held_out[: spec.train_rows])
+            others = held_out[: spec.train_rows]
+            share = copy_share(features, train_rows, others)
             found[f"copies.{name}"] = [round(share.value * share.n), share.n]
+            chosen = nearest(features, torch.cat([train_rows, others]))[0].tolist()
+            found[f"nearest.{name}"] = {"chosen": chosen, "pool": len(train_rows) + len(others)}
     return found
 
 

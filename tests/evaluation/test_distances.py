@@ -17,6 +17,7 @@ from helpers.evaluation.distances import (
     mmd,
     mmd_interval,
     nearest,
+    shuffled_shares,
 )
 from helpers.evaluation.measures import bootstrap, wilson
 
@@ -257,3 +258,26 @@ def test_diversity_ratio_compares_spreads_prompt_by_prompt():
     assert diversity_ratio(others, others).value == pytest.approx(1)
     with pytest.raises(ValueError, match="as many groups"):
         diversity_ratio(groups, others[:2])
+
+
+# --- what chance gives -----------------------------------------------------------------------------------------------
+
+
+def test_shuffled_shares_lie_around_one_half_and_are_wider_where_one_picture_is_nearest_to_many():
+    spread = shuffled_shares(list(range(40)), 200)
+    assert spread.mean() == pytest.approx(0.5, abs=0.01)
+    # a hypergeometric share: sqrt(1/4 / n * (N - n) / (N - 1))
+    assert spread.std() == pytest.approx(np.sqrt(0.25 / 40 * 160 / 199), rel=0.05)
+    clumped = shuffled_shares([0] * 20 + [1] * 20, 200)
+    assert set(np.unique(clumped)) == {0.0, 0.5, 1.0} and clumped.std() > 3 * spread.std()
+    assert np.array_equal(spread, shuffled_shares(list(range(40)), 200))
+
+
+def test_nothing_copied_lies_within_the_shuffled_shares_as_often_as_it_should():
+    g, inside = torch.Generator().manual_seed(0), []
+    for seed in range(200):
+        x, pool = (torch.randn(n, 3, generator=g) for n in (64, 32))
+        chosen = nearest(x, pool)[0]
+        low, high = np.quantile(shuffled_shares(chosen.tolist(), 32, seed, 400), (0.025, 0.975))
+        inside.append(low <= (chosen < 16).double().mean().item() <= high)
+    assert np.mean(inside) >= 0.93

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers.evaluation.measures import Z95, wilson
+from helpers.evaluation.measures import Z95
 from helpers.studies.effects import Findings, crossed_bootstrap, rank_correlation, ranks_of
 from helpers.studies.questions import CENTRE
 
@@ -48,9 +48,9 @@ def test_one_seed_leaves_the_prompts_bootstrap():
 
 
 def test_a_resample_is_whole_seeds_and_whole_prompts():
-    """With two seeds the means are a, (a + b) / 2 or b, where nothing differs between prompts."""
+    """With two seeds the means are a, (a + b) / 2 or b, where nothing differs between prompts; a and b move apart."""
     table = np.array([[0.0] * 5, [1.0] * 5])
-    assert crossed_bootstrap(table).interval == pytest.approx((0.0, 1.0))
+    assert crossed_bootstrap(table).interval == pytest.approx((0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
     assert crossed_bootstrap(table.T).interval == pytest.approx((0.0, 1.0))
 
 
@@ -67,20 +67,25 @@ def test_an_interval_over_values_alone_would_be_too_narrow():
     assert np.mean(held) < 0.5
 
 
-def test_few_seeds_are_too_narrow_in_their_share_alone():
-    assert coverage(3, 40, (1, 0, 0)) < 0.85, "three seeds, and all variance is theirs"
+def test_few_seeds_hold_the_truth_less_often_and_prompts_do_not():
+    """Three seeds have ten resamples: widening mends the variance, not how little three values can say."""
+    assert 0.75 < coverage(3, 40, (1, 0, 0)) < 0.93, "three seeds, and all variance is theirs"
     assert coverage(3, 40, (0, 1, 0.1)) > 0.88, "three seeds, and it is the prompts'"
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_the_variance_over_seeds_is_short_by_one_part_in_as_many(seeds):
-    """Resampled means of S values have variance (S - 1) / S times the unbiased estimate: width says so exactly."""
+def test_resampled_means_have_the_variance_of_a_mean_over_so_many_seeds(seeds):
+    """Plain resampling gives (S - 1) / S times the unbiased estimate; here S / (S - 1) undoes it."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(seeds, 1)) @ np.ones((1, 3))
+    x = rng.normal(size=seeds)
     chosen = rng.integers(0, seeds, (200_000, seeds))
-    assert x[chosen, 0].mean(1).var() == pytest.approx(x[:, 0].var(ddof=1) / seeds * (seeds - 1) / seeds, rel=0.02)
-    low, high = np.quantile(x[chosen, 0].mean(1), (0.025, 0.975))
-    assert crossed_bootstrap(x, draws=20_000).interval == pytest.approx((low, high), abs=0.05)
+    plain = x[chosen].mean(1)
+    unbiased = x.var(ddof=1) / seeds
+    assert plain.var() == pytest.approx(unbiased * (seeds - 1) / seeds, rel=0.02)
+    widened = x.mean() + np.sqrt(seeds / (seeds - 1)) * (plain - x.mean())
+    assert widened.var() == pytest.approx(unbiased, rel=0.02)
+    ends = np.quantile(widened, (0.025, 0.975))
+    assert crossed_bootstrap(np.outer(x, np.ones(3)), draws=20_000).interval == pytest.approx(tuple(ends), abs=0.05)
 
 
 @pytest.mark.parametrize("values", [[], [[]], [1.0, 2.0], [[1.0, np.nan]], [[np.inf]], np.zeros((2, 2, 2))])
@@ -138,6 +143,8 @@ def measures(values, train, held_out, copies):
         "loss_by_timestep.held_out": [held_out + 0.1 * t for t in range(8)],
         "copies.world": copies,
         "copies.imagenet": [0, 6],
+        "nearest.world": {"chosen": [0, 1, 2, 3, 4, 5], "pool": 20},
+        "nearest.imagenet": {"chosen": [19] * 6, "pool": 20},
     }
 
 
@@ -202,7 +209,8 @@ def test_a_constant_difference_has_no_width(findings):
 
 def test_a_difference_between_seeds_is_seen(findings):
     effect = findings.effect("rank=64", "style.world")
-    assert effect.value == pytest.approx(-0.0625) and effect.interval == pytest.approx((-0.125, 0.0))
+    assert effect.value == pytest.approx(-0.0625)
+    assert effect.interval == pytest.approx((-0.0625 * (1 + 2**0.5), 0.0625 * (2**0.5 - 1)))
 
 
 def test_the_base_stands_beside_each_seed(findings):
@@ -219,16 +227,24 @@ def test_the_base_s_own_difference_is_as_wide_the_other_way_round(findings):
 
 
 def test_copies_add_up_over_the_seeds(findings):
-    assert findings.copies(CENTRE) == wilson(9, 12)
-    assert findings.copies(CENTRE, "imagenet") == wilson(0, 12)
-    assert findings.copies(CENTRE, step=2) == wilson(6, 12)
+    assert (findings.copies(CENTRE).value, findings.copies(CENTRE).n) == (9 / 12, 12)
+    assert findings.copies(CENTRE, "imagenet").value == 0 and findings.copies(CENTRE, step=2).value == 0.5
+
+
+def test_copies_are_beyond_chance_when_one_half_lies_outside_their_interval(findings):
+    low, high = findings.chance(CENTRE)
+    assert low == pytest.approx(1 - high) and 0 < low < 0.5
+    copies = findings.copies(CENTRE)
+    assert copies.low == pytest.approx(0.75 - (high - 0.5)) and copies.high == min(1, 0.75 + (0.5 - low))
+    assert (copies.low > 0.5) == (0.75 > high)
+    assert findings.chance(CENTRE, "imagenet") == (0, 1), "one picture is nearest to all: half of the time it trained"
 
 
 def test_the_gap_is_held_out_minus_training_loss(findings):
     gap = findings.gap(CENTRE)
     assert gap.value == pytest.approx(0.3 - 0.205) and gap.n == 16
     # the held-out loss has no width; the training loss is 0.20 with one seed and 0.21 with the other
-    assert gap.interval == pytest.approx((0.09, 0.10))
+    assert gap.interval == pytest.approx((0.095 - 0.005 * 2**0.5, 0.095 + 0.005 * 2**0.5))
     assert findings.gap(CENTRE, 2).interval == pytest.approx((0.01, 0.01))
 
 

@@ -20,7 +20,7 @@ from helpers.world.captions import prompt
 from helpers.world.scenes import STYLES, SUBJECTS
 
 KEYS = {"style.world", "content.world", "style.imagenet", "content.imagenet", "attributes"}
-DISTANCES = {"distance.world", "distance.imagenet", "copies.world", "copies.imagenet"}
+DISTANCES = {f"{what}.{judge}" for what in ("distance", "copies", "nearest") for judge in ("world", "imagenet")}
 LOSSES = {f"{what}.{split}" for what in ("loss", "loss_by_timestep") for split in ("train", "held_out")}
 
 
@@ -102,6 +102,8 @@ def test_there_is_a_value_for_each_prompt_and_picture(centre):
         assert all(
             total == 2 and 0 <= nearer <= 2 for nearer, total in (found["copies.world"], found["copies.imagenet"])
         )
+        for nearest in (found["nearest.world"], found["nearest.imagenet"]):
+            assert nearest["pool"] == 32 and len(nearest["chosen"]) == 2 and 0 <= min(nearest["chosen"])
         assert all(0 <= right <= total <= 2 for right, total in found["attributes"].values())
 
 
