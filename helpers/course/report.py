@@ -266,7 +266,7 @@ def comparison_facts(data: dict[str, Any]) -> dict[str, Any]:
 
     For m normal intervals to hold together at 95%, each is widened by z(1 - 0.025 / m) / z(0.975).
     """
-    ends = ("style.world", "content.world", "content.imagenet")
+    ends = tuple(f"{what}.{who}" for what in ("style", "content") for who in ("world", "imagenet"))
     m = sum(name.startswith("nb09.effect.") and name.endswith(ends) for name in data["values"])
     quantile = NormalDist().inv_cdf
     return {"effects/count": m, "effects/widening": quantile(1 - 0.025 / max(m, 1)) / quantile(0.975)}

@@ -138,6 +138,11 @@ def test_all_nine_figures_of_the_homework_are_shown():
     assert {"fig13", "fig15", "fig16", "fig17"} <= set(required_figures())
 
 
+def test_every_name_is_a_whole_one():
+    """A beginning of names, written out in report.typ, would be taken for a value that results.json lacks."""
+    assert not [name for name in required_values() if name.endswith((".", "/"))]
+
+
 def test_names_are_read_from_the_source(tmp_path):
     source = tmp_path / "x.typ"
     source.write_text(
