@@ -53,7 +53,7 @@ def summary(preset: str, done: Sequence[Any], refresh: bool = False) -> None:
     report = report_of(results, complete=len(done) == len(notebooks.committed()))
     if refresh:
         publish(results, [strip, report])
-        notebooks.write_costs(preset, done)
+        notebooks.write_costs(preset, list(done))
         print("  refreshed  figures/, report/ and the table in README.md; `course notebooks` refreshes the notebooks")
     unchanged = "" if refresh else " (the committed ones are unchanged)"
     places = f"figures {short(folder / 'figures')}/, notebooks {short(folder / 'notebooks')}/"

@@ -446,7 +446,7 @@ def save_animation(runs: Sequence[Any], path: Path, most_bytes: int = 1_000_000,
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's own letters, the same on every machine."""
-    return ImageFont.truetype(matplotlib.font_manager.findfont(STYLE["font.family"]), size)
+    return ImageFont.truetype(matplotlib.font_manager.findfont(str(STYLE["font.family"])), size)
 
 
 def say(sentence: str) -> None:
