@@ -1,4 +1,5 @@
-# make course [PRESET=smoke] [FORCE=1]   install, execute the notebooks, write figures/ and report/
+# make course [PRESET=smoke] [FORCE=1]   install, execute the notebooks, draw figures and report: all of it into runs/
+#             [REFRESH=1]                and replace the committed figures, results and report
 # make test                              install, then lint, types, unit tests, notebooks and measured numbers
 # make weekly                            make test; killed runs twenty times over; Stable Diffusion's full picture size
 # make notebooks                         execute the committed notebooks in place
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 PRESET ?= mini
 FORCE ?=
+REFRESH ?=
 TORCH_INDEX ?=
 
 STAMP := .venv/.installed
@@ -17,7 +19,8 @@ COURSE := .venv/bin/python -m helpers.cli
 .PHONY: course test weekly notebooks site install
 
 course: $(STAMP)
-	@$(COURSE) run --preset $(PRESET) $(if $(filter-out 0 no false,$(FORCE)),--force)
+	@$(COURSE) run --preset $(PRESET) $(if $(filter-out 0 no false,$(FORCE)),--force) \
+	  $(if $(filter-out 0 no false,$(REFRESH)),--refresh)
 
 test: $(STAMP)
 	@$(COURSE) check

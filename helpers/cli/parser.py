@@ -54,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--preset", default=DEFAULT, help=f"one of {', '.join(PRESETS)} (default: {DEFAULT})")
         return command
 
-    run = add("run", run_course, "execute the notebooks in order, train both adapters, write figures and report")
+    run = add(
+        "run", run_course, "execute the notebooks, train both adapters, draw the figures and the report: into runs/"
+    )
     run.add_argument("--force", action="store_true", help="execute and train again although nothing has changed")
+    text = "then replace the committed figures, results, report and times too (without it, all goes under runs/)"
+    run.add_argument("--refresh", action="store_true", help=text)
     run.add_argument("--only", metavar="01,02", help="only these notebooks")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook's parameter")
 

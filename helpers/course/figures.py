@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from helpers.base.files import atomic_path
 from helpers.course.results import Results, output_folder
@@ -388,6 +388,65 @@ def jpeg(picture: Image.Image, quality: int = 88, sharp_colours: bool = False) -
         buffer, format="JPEG", quality=quality, optimize=True, subsampling="4:4:4" if sharp_colours else "4:2:0"
     )
     return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------- animation
+_FRAME_MS, _FIRST_MS, _LAST_MS = 900, 1500, 3500
+
+
+def animation_frames(runs: Sequence[Any], per_run: int = 2, size: int = 256) -> list[Image.Image]:
+    """The style coming in: one frame per validated step of any of the runs, with the pictures of all of them in a row.
+
+    runs: finished runs (`helpers.training.runs.Run`), of each the first `per_run` validation pictures, `size` pixels
+    wide. A run without a validation at a frame's step shows its latest one before. Below stand the step and a bar.
+    Raises ValueError without a run.
+    """
+    if not runs:
+        raise ValueError("an animation needs at least one finished run")
+    validated = [[step for step, _ in run.validations()] for run in runs]
+    steps = sorted({step for own in validated for step in own})
+    gap, foot, words = size // 32, size // 5, _font(size // 10)
+    frames = []
+    for step in steps:
+        latest = [max([s for s in own if s <= step], default=own[0]) for own in validated]
+        shown = [run.validation_pictures(at)[:per_run] for run, at in zip(runs, latest, strict=True)]
+        pictures = [picture for row in shown for picture in row]
+        frame = Image.new("RGB", (len(pictures) * (size + gap) - gap, size + foot), "white")
+        for number, picture in enumerate(pictures):
+            picture = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+            frame.paste(picture, (number * (size + gap), 0))
+        pen = ImageDraw.Draw(frame)
+        pen.rectangle(
+            (0, size + gap, frame.width * step // steps[-1], size + gap + size // 40), fill=PART_COLOURS["lora"]
+        )
+        text = "before training" if step == 0 else f"step {step}"
+        pen.text((0, frame.height), text, "black", font=words, anchor="ld")
+        frames.append(frame)
+    return frames
+
+
+def save_animation(runs: Sequence[Any], path: Path, most_bytes: int = 1_000_000, **kwargs: Any) -> Path:
+    """Writes `animation_frames` as an animated WebP that repeats for ever, of at most so many bytes; returns the file.
+
+    The quality is lowered until it fits. Raises ValueError when even the lowest does not.
+    """
+    first, *others = frames = animation_frames(runs, **kwargs)
+    times = [_FIRST_MS, *[_FRAME_MS] * (len(frames) - 2), _LAST_MS] if len(frames) > 1 else [_LAST_MS]
+    for quality in (90, 80, 65, 50, 30):
+        buffer = io.BytesIO()
+        first.save(
+            buffer, "WEBP", save_all=True, append_images=others, duration=times, loop=0, quality=quality, method=6
+        )
+        if buffer.tell() <= most_bytes:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(buffer.getvalue())
+            return path
+    raise ValueError(f"{len(frames)} frames of {first.width} x {first.height} pixels do not fit {most_bytes} bytes")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own letters, the same on every machine."""
+    return ImageFont.truetype(matplotlib.font_manager.findfont(str(STYLE["font.family"])), size)
 
 
 def say(sentence: str) -> None:

@@ -276,7 +276,7 @@ def run_all(
             say(f"{heading}: unchanged, skipped")
             done.append(Executed(path, output, before["seconds"], before["gigabytes"], True))
             continue
-        expected = expected_seconds(preset, path.stem) or before.get("seconds")
+        expected = before.get("seconds") or expected_seconds(preset, path.stem)
         stamp.unlink(missing_ok=True)
         Results(preset).forget(path.stem)
         with progress(heading, expected, say), watched_memory() as most:

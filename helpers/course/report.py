@@ -1,8 +1,9 @@
 """The report as a PDF: report/report.typ, whose every number comes from results.json.
 
-Three kinds of values reach the page, all through one lookup in report.typ that stops at a name it does not know:
-what the notebooks measured (results.json), the settings of the preset that they ran (`preset_facts`), and sizes that
-follow from the base model's files (`model_facts`).
+Four kinds of values reach the page, all through one lookup in report.typ that stops at a name it does not know:
+what the notebooks measured (results.json), the settings of the preset that they ran (`preset_facts`), sizes that
+follow from the base model's files (`model_facts`), and what the number of comparisons asks of an interval
+(`comparison_facts`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from PIL import Image
@@ -27,9 +29,11 @@ from helpers.course.figures import jpeg
 from helpers.presets.catalogue import MINISD
 from helpers.presets.configuration import Preset
 from helpers.presets.variants import get_preset
+from helpers.world.scenes import SUBJECTS
 
 SOURCE = ROOT / "report" / "report.typ"
 BIBLIOGRAPHY = "references.bib"
+METRICS = ROOT / "helpers" / "minisd" / "metrics.json"  # what pretraining took
 # What the project set out to reach; the report says whether it was reached.
 TARGETS = {
     "target/style_with_adapter": 0.8,  # at least
@@ -85,13 +89,11 @@ def compile(results_path: Path | str, figures_dir: Path | str, output: Path | st
     return Path(output)
 
 
-def made(figure: dict[str, Any], note: dict[str, Any]) -> str:
-    """Where a figure comes from, in one line: what drew it, from which run and noise, with which code and weights."""
-    facts = [(name, figure.get(name)) for name in ("run", "seed")]
-    facts += [(name, note.get(name)) for name in ("code", "weights")]
-    known = [f"{name} {value}" for name, value in facts if value is not None]
-    drawn = str(figure.get("notebook") or "?").split("_")[0]
-    return f"Drawn by notebook {drawn}: {', '.join(known)}."
+def made(figure: dict[str, Any], note: dict[str, Any]) -> dict[str, Any]:
+    """Where a figure comes from: notebook, run, seed of the noise, hashes of code and weights (None: unknown)."""
+    own = {name: figure.get(name) for name in ("run", "seed")}
+    hashes = {name: note.get(name) for name in ("code", "weights")}
+    return {"notebook": str(figure.get("notebook") or "?").split("_")[0], **own, **hashes}
 
 
 def _write_sources(
@@ -197,7 +199,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 # --------------------------------------------------------------------------------------------------------- facts
 def gather(data: dict[str, Any], preset: Preset) -> dict[str, dict[str, Any]]:
     """{name: {"value": …, "interval": …, "n": …}}: measured values, and facts that need no measuring."""
-    facts = {**preset_facts(preset), **model_facts(preset), **version_facts(data), **TARGETS}
+    facts = {**preset_facts(preset), **model_facts(preset), **version_facts(data), **comparison_facts(data), **TARGETS}
     both = sorted(facts.keys() & data["values"].keys())
     if both:
         raise ReportError(f"results.json records {_listed(both)}, names that the report keeps for settings")
@@ -225,7 +227,10 @@ def model_facts(preset: Preset) -> dict[str, Any]:
     facts = {f"model/{part}_parameters": sum(map(math.prod, s.values())) for part, s in shapes.items()}
     unet, text = (_config(folder / part) for part in ("unet", "text_encoder"))
     latent = unet["sample_size"]
+    training = json.loads(METRICS.read_text(encoding="utf-8"))["training"]
     return facts | {
+        "pretraining/stages": [[stage["stage"], stage["seconds"], stage["pictures"]] for stage in training],
+        "world/subjects": len(SUBJECTS),
         "model/latent_channels": unet["in_channels"],
         "model/latent_size": latent,
         "model/downsampling": preset.resolution // latent,
@@ -256,17 +261,29 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def comparison_facts(data: dict[str, Any]) -> dict[str, Any]:
+    """How many differences the table of hyper-parameters tests, and the factor that Bonferroni's rule asks for.
+
+    For m normal intervals to hold together at 95%, each is widened by z(1 - 0.025 / m) / z(0.975).
+    """
+    ends = tuple(f"{what}.{who}" for what in ("style", "content") for who in ("world", "imagenet"))
+    m = sum(name.startswith("nb09.effect.") and name.endswith(ends) for name in data["values"])
+    quantile = NormalDist().inv_cdf
+    return {"effects/count": m, "effects/widening": quantile(1 - 0.025 / max(m, 1)) / quantile(0.975)}
+
+
 def version_facts(data: dict[str, Any]) -> dict[str, Any]:
     """What the values were measured with: "versions/torch" … (several, when notebooks ran on several machines).
 
-    "versions/pinned" is what the repository asks for.
+    "versions/pinned" is what the repository asks for, "version/course" the newest release in CHANGELOG.md.
     """
     notes = data["provenance"].values()
     keys = ("python", "torch", "diffusers", "transformers", "device")
     facts: dict[str, Any] = {}
     for key in keys:
         facts[f"versions/{key}"] = " and ".join(sorted({str(note.get(key, "?")) for note in notes}))
-    return facts | {"versions/pinned": pinned()}
+    releases = re.findall(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return facts | {"versions/pinned": pinned(), "version/course": releases[0]}
 
 
 def pinned() -> list[str]:

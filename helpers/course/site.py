@@ -97,9 +97,9 @@ def fill(text: str, folder: Path, lacking: str = "") -> str:
 
 
 def sections(markdown: str) -> dict[str, str]:
-    """{heading: text below it} of the second level; "about" is the text before the first."""
+    """{heading: text below it} of the second level; "about" is what stands before, without title and first image."""
     parts = re.split(r"^## (.+)\n", markdown, flags=re.MULTILINE)
-    about = "\n".join(line for line in parts[0].splitlines() if not line.startswith(("# ", "![")))
+    about = re.sub(r"^!\[.*\n", "", re.sub(r"^# .*\n", "", parts[0]), count=1, flags=re.MULTILINE).strip("\n")
     return {"about": about} | dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -11,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
+from helpers.base import paths
 from helpers.cli import figure, run, sample
 from helpers.cli import parser as cli
 from helpers.cli import train as command
@@ -54,7 +55,7 @@ def course(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "shared_key", lambda preset: {"preset": preset})
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(figure, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "build_report", lambda results, figures, output: output)
+    monkeypatch.setattr(run, "build_report", lambda _, figures, output: output.write_bytes(b"report") and output)
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("COUNTER", str(tmp_path / "counter"))
     monkeypatch.delenv("COURSE_OUTPUT", raising=False)
@@ -66,18 +67,23 @@ def executed(course: Path) -> str:
     return counter.read_text() if counter.exists() else ""
 
 
+def committed(course: Path) -> dict[str, bytes]:
+    """{file: bytes} of everything in the repository that git would see: what is neither a run nor the counter."""
+    files = [path for path in course.rglob("*") if path.is_file() and path.name != "counter"]
+    return {path.relative_to(course).as_posix(): path.read_bytes() for path in files if "runs" not in path.parts}
+
+
+def last_line(said: str) -> str:
+    return said.rstrip("\n").splitlines()[-1]
+
+
 def test_a_full_run_then_a_second_then_a_change(course, capsys):
     assert cli.main(["run"]) == 0
     said = capsys.readouterr().out
     assert executed(course) == "ab"
-    assert "[1/2] 01_first.ipynb: done" in said and "report/results.json (1 values)" in said
+    assert "[1/2] 01_first.ipynb: done" in said and "runs/mini/results.json (1 values, 1 figures)" in said
     output = (course / "runs/mini/notebooks/02_second.ipynb").read_text()
     assert "mini True" in output, "a notebook that trains is told to"
-    assert (course / "figures/fig01_x.png").read_bytes() == b"picture"
-    assert json.loads((course / "report/results.json").read_text())["values"]["answer"]["notebook"] == "01_first"
-    costs = json.loads((course / "notebooks/costs.json").read_text())["mini"]
-    assert set(costs) == {"01_first", "02_second"}
-    assert all(0.01 < cost["gigabytes"] < 4 and cost["seconds"] >= 1 for cost in costs.values())
 
     assert cli.main(["run"]) == 0
     said = capsys.readouterr().out
@@ -92,6 +98,83 @@ def test_a_full_run_then_a_second_then_a_change(course, capsys):
     assert executed(course) == "abca", "what lost its figure runs again"
     assert cli.main(["run", "--only", "1", "--force"]) == 0
     assert executed(course) == "abcaa"
+
+
+@pytest.mark.parametrize("preset", ["mini", "smoke"])
+def test_a_run_leaves_the_checkout_clean_and_says_where_things_lie(course, capsys, monkeypatch, preset):
+    monkeypatch.setattr(paths, "ROOT", course)
+    monkeypatch.chdir(course)
+    (course / "README.md").write_text("| [01](notebooks/01_first.ipynb) | what | ? | ? |\n")
+    for name, text in (("figures/fig01_x.png", "old"), ("report/results.json", "{}"), ("report/report.pdf", "old")):
+        (course / name).parent.mkdir(exist_ok=True)
+        (course / name).write_text(text)
+    before = committed(course)
+    assert cli.main(["run", "--preset", preset]) == 0
+    assert committed(course) == before
+    made = f"figures runs/{preset}/figures/, notebooks runs/{preset}/notebooks/, report runs/{preset}/report.pdf"
+    assert last_line(capsys.readouterr().out) == f"{made} (the committed ones are unchanged)"
+    assert (course / f"runs/{preset}/figures/fig01_x.png").read_bytes() == b"picture"
+    assert (course / f"runs/{preset}/report.pdf").read_bytes() == b"report"
+
+
+def test_a_refresh_replaces_what_is_committed(course, capsys, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", course)
+    monkeypatch.chdir(course)
+    (course / "README.md").write_text("| [01](notebooks/01_first.ipynb) | what | ? | ? |\n")
+    monkeypatch.setattr(run, "animate", lambda preset, results: None)
+    before = committed(course)
+    assert cli.main(["run", "--refresh"]) == 0
+    said, after = capsys.readouterr().out, committed(course)
+    assert "refreshed" in said and "unchanged)" not in last_line(said) and "runs/mini/report.pdf" in last_line(said)
+    changed = {name for name in after if after[name] != before.get(name)}
+    made = {"figures/fig01_x.png", "report/results.json", "report/report.pdf", "notebooks/costs.json", "README.md"}
+    assert changed == made, "the notebooks are refreshed by `course notebooks`"
+    assert (course / "figures/fig01_x.png").read_bytes() == b"picture"
+    assert json.loads((course / "report/results.json").read_text())["values"]["answer"]["notebook"] == "01_first"
+    costs = json.loads((course / "notebooks/costs.json").read_text())["mini"]
+    assert set(costs) == {"01_first", "02_second"}
+    assert all(0.01 < cost["gigabytes"] < 4 and cost["seconds"] >= 1 for cost in costs.values())
+    assert "?" not in (course / "README.md").read_text()
+
+
+def test_a_report_that_does_not_compile_leaves_the_committed_files(course, monkeypatch, capsys):
+    def broken(results, figures, output):
+        raise ValueError("results.json lacks 'x'")
+
+    monkeypatch.setattr(run, "build_report", broken)
+    before = committed(course)
+    assert cli.main(["run", "--refresh"]) == 1
+    assert committed(course) == before and "lacks 'x'" in capsys.readouterr().err
+    assert cli.main(["run", "--only", "1"]) == 0
+    assert "not compiled, since only some notebooks ran" in (said := capsys.readouterr().out)
+    assert "report.pdf" not in last_line(said)
+
+
+@pytest.mark.parametrize("more", [["--only", "01"], ["--preset", "smoke"], ["--set", "FROM_SCRATCH=True"]])
+def test_only_the_whole_course_of_the_default_preset_can_be_refreshed(course, capsys, more):
+    assert cli.main(["run", "--refresh", *more]) == 1
+    assert "whole course with the preset mini" in capsys.readouterr().err and executed(course) == ""
+
+
+def test_the_runs_that_the_figures_show_are_animated(course):
+    from helpers.course.results import Results
+
+    folder = course / "runs/mini"
+    for name, colour in (("doodles-aaa", "red"), ("doodles-bbb", "blue"), ("vintage-ccc", "green")):
+        for step in (0, 10):
+            (folder / name / f"validation/step-{step:06d}").mkdir(parents=True)
+            (folder / name / f"validation/step-{step:06d}/metrics.json").write_text(f'{{"step": {step}, "epoch": 0}}')
+            Image.new("RGB", (16, 16), colour).save(folder / name / f"validation/step-{step:06d}/000.png")
+        (folder / name / "done.json").write_text("{}")
+    results = Results("mini")
+    assert run.animate("mini", results) is None, "no figure shows a run"
+    results.data["figures"] = {"fig03": {"run": "bbb"}, "fig15": {"run": "bbb, ccc"}, "fig01": {}}
+    strip = run.animate("mini", results)
+    assert strip == folder.resolve() / "figures/style_coming_in.webp"
+    with Image.open(strip) as animation:
+        assert animation.n_frames == 2
+        middle = [animation.convert("RGB").getpixel((x, 100)) for x in (100, 400)]
+    assert middle[0][2] > 200 and middle[1][1] > 100 and middle[0][0] < 50, "the run of the figures, not an older one"
 
 
 def test_a_failing_notebook_names_its_cell_and_keeps_the_rest(course, capsys):
@@ -109,7 +192,6 @@ def test_a_failing_notebook_names_its_cell_and_keeps_the_rest(course, capsys):
     assert cli.main(["run", "--preset", "smoke"]) == 0
     assert executed(course) == "ab", "the first notebook is not executed again"
     assert not (folder / "02_second.failed.ipynb").exists()
-    assert not (course / "report").exists(), "only the default preset publishes"
 
 
 def test_a_notebook_before_invalidates_those_after(course, monkeypatch):

@@ -261,3 +261,45 @@ def test_a_diagram_fills_what_trains_and_draws_every_arrow():
     assert "words" in [text.get_text() for text in fig.axes[0].texts]
     with pytest.raises(KeyError):
         figures.diagram(boxes, [("W", "gone", "")], height=1.5)
+
+
+class FakeRun:
+    """A finished run whose picture of each validated step has one colour."""
+
+    def __init__(self, **colours):
+        self.colours = {int(step[1:]): colour for step, colour in colours.items()}
+
+    def validations(self):
+        return [(step, 0) for step in self.colours]
+
+    def validation_pictures(self, step):
+        return [picture(self.colours[step], 32)] * 3
+
+
+def test_the_style_comes_in_step_by_step_for_all_runs_together():
+    runs = [FakeRun(s0="red", s10="green", s30="blue"), FakeRun(s0="black", s20="yellow", s30="white")]
+    frames = figures.animation_frames(runs, per_run=2, size=64)
+    assert len(frames) == 4, "steps 0, 10, 20, 30"
+    assert {frame.size for frame in frames} == {(4 * 66 - 2, 64 + 12)}
+    colours = [[frame.getpixel((x, 32)) for x in (32, 98, 164, 230)] for frame in frames]
+    assert colours[2] == [(0, 128, 0)] * 2 + [(255, 255, 0)] * 2, "a run shows its latest validation"
+    bars = [sum(frame.getpixel((x, 66)) != (255, 255, 255) for x in range(frame.width)) for frame in frames]
+    assert bars == sorted(bars) and bars[0] <= 1 and bars[-1] == frames[0].width
+    with pytest.raises(ValueError, match="at least one finished run"):
+        figures.animation_frames([])
+
+
+def test_an_animation_is_small_repeats_and_has_the_same_bytes_again(tmp_path):
+    rng = np.random.default_rng(0)
+    noisy = FakeRun(s0="red", s10="green", s30="blue")
+    noise = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
+    noisy.validation_pictures = lambda step: noise
+    path = figures.save_animation([noisy], tmp_path / "x" / "strip.webp", size=64)
+    with Image.open(path) as strip:
+        assert (strip.format, strip.n_frames, strip.info["loop"]) == ("WEBP", 3, 0)
+    large = path.read_bytes()
+    assert figures.save_animation([noisy], path, size=64).read_bytes() == large
+    assert len(figures.save_animation([noisy], path, most_bytes=len(large) - 1, size=64).read_bytes()) < len(large)
+    with pytest.raises(ValueError, match="do not fit 100 bytes"):
+        figures.save_animation([noisy], tmp_path / "y.webp", most_bytes=100, size=64)
+    assert not (tmp_path / "y.webp").exists()

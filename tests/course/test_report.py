@@ -93,13 +93,36 @@ def test_a_plot_is_printed_from_its_vector_file(sources):
         sources.compile()
 
 
-def test_every_figure_says_where_it_comes_from():
+def test_one_table_says_where_every_figure_comes_from(sources):
     figure = {"notebook": "05_styled_generations", "run": "c3eb", "seed": 0}
     note = {"code": "abc", "weights": "def", "torch": "2"}
-    assert report.made(figure, note) == "Drawn by notebook 05: run c3eb, seed 0, code abc, weights def."
-    assert report.made({"notebook": "01_x"}, {}) == "Drawn by notebook 01: ."
-    layout = report.SOURCE.read_text(encoding="utf-8").split("// --- text")[-2]
-    assert "e.made" in layout
+    made = {"notebook": "05", "run": "c3eb", "seed": 0, "code": "abc", "weights": "def"}
+    assert report.made(figure, note) == made
+    assert report.made({"notebook": "01_x"}, {}) == dict.fromkeys(made) | {"notebook": "01"}
+    before = sources.compile()
+    sources.data["figures"]["fig32_dummy"]["run"] = "another"
+    assert sources.compile() != before, "the table has the run of a figure"
+
+
+def test_intervals_are_widened_for_their_number():
+    def facts(m):
+        values = {f"nb09.effect.{k}.content.world": {} for k in range(m)} | {"nb09.effect.x.note": {}}
+        return report.comparison_facts({"values": values})
+
+    assert facts(0)["effects/widening"] == facts(1)["effects/widening"] == 1.0
+    assert facts(72)["effects/count"] == 72
+    assert facts(72)["effects/widening"] * 1.959964 == pytest.approx(3.39, abs=0.01)  # z(1 - 0.05 / 144), from tables
+
+
+def test_the_version_is_the_newest_release(sources):
+    assert re.fullmatch(r"\d+\.\d+\.\d+", report.version_facts(sources.data)["version/course"])
+
+
+def test_figures_count_in_order_and_keep_the_number_of_the_course(sources):
+    text = SOURCE.read_text(encoding="utf-8")
+    assert "caption: [(fig #str(int(key.slice(3)))) #body" in text and "numbering: _ =>" not in text
+    shown = re.findall(r'fig\("(fig\d\d)"', text)
+    assert len(shown) == len(set(shown)), "no figure is shown twice"
 
 
 def test_the_appendix_has_every_setting_and_every_pin(sources):
@@ -113,6 +136,11 @@ def test_the_appendix_has_every_setting_and_every_pin(sources):
 def test_all_nine_figures_of_the_homework_are_shown():
     assert required_figures()[:9] == [f"fig{number:02d}" for number in range(1, 10)]
     assert {"fig13", "fig15", "fig16", "fig17"} <= set(required_figures())
+
+
+def test_every_name_is_a_whole_one():
+    """A beginning of names, written out in report.typ, would be taken for a value that results.json lacks."""
+    assert not [name for name in required_values() if name.endswith((".", "/"))]
 
 
 def test_names_are_read_from_the_source(tmp_path):

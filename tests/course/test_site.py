@@ -103,6 +103,8 @@ def test_sections_of_markdown():
         "A": "a\n### B\nb\n",
         "C": "",
     }
+    about = site.sections("# T\n\n![p](p.png)\n\nfirst\n\n![q](q.webp)\n\n*words*\n\n## A\n")["about"]
+    assert about == "first\n\n![q](q.webp)\n\n*words*", "the page has an image of its own in the place of the first"
 
 
 def test_the_documented_modules_exist():
