@@ -7,9 +7,7 @@ from helpers.course.exercises import claim, exercise
 from helpers.course.figures import (
     COLOURS,
     LINE_STYLES,
-    PART_COLOURS,
     curves,
-    diagram,
     grid,
     jpeg,
     new_figure,
@@ -26,12 +24,10 @@ from helpers.course.sliders import is_live, show_slider
 __all__ = [
     "COLOURS",
     "LINE_STYLES",
-    "PART_COLOURS",
     "Results",
     "approx",
     "claim",
     "curves",
-    "diagram",
     "exercise",
     "grid",
     "is_live",

@@ -25,15 +25,7 @@ from helpers.course.results import Results, output_folder
 from helpers.presets.configuration import Preset
 from helpers.presets.variants import get_preset
 
-# Okabe and Ito's palette (Color Universal Design, 2008), which colour-blind readers can tell apart. One colour for
-# each part of Stable Diffusion, the same in every figure of the course.
-PART_COLOURS = {
-    "vae": "#E69F00",
-    "unet": "#0072B2",
-    "text_encoder": "#009E73",
-    "scheduler": "#CC79A7",
-    "lora": "#D55E00",
-}
+# Okabe and Ito's palette (Color Universal Design, 2008), which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 
@@ -81,41 +73,6 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = PAGE_WIDTH, heigh
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(fig)
         return fig, fig.subplots(rows, columns, **kwargs)
-
-
-# ----------------------------------------------------------------------------------------------------- diagrams
-def diagram(
-    boxes: Mapping[str, tuple[float, float, str, str | None]],
-    arrows: Iterable[tuple[str, str, str]],
-    height: float,
-    trained: Iterable[str] = (),
-) -> Figure:
-    """Boxes with words, and arrows from box to box.
-
-    boxes: {name: (x, y, words, part)}, x and y in 0..1 from the lower left; the part's colour frames the box, and None
-    leaves words alone. arrows: (from, to, words beside the arrow). trained: boxes that are filled, since they train.
-    height: in inches.
-    """
-    fig, ax = new_figure(height=height)
-    ax.set(xlim=(0, 1), ylim=(0, 1))
-    ax.set_axis_off()
-    drawn = {}
-    for name, (x, y, words, part) in boxes.items():
-        colour = PART_COLOURS.get(part or "", "none")
-        inside = matplotlib.colors.to_rgba(colour, 0.18) if name in trained else "white"
-        frame = {"boxstyle": "round,pad=0.5", "edgecolor": colour, "linewidth": 2.0, "facecolor": inside}
-        drawn[name] = ax.text(x, y, words, ha="center", va="center", fontsize=7, bbox=frame, zorder=3)
-    for start, end, words in arrows:
-        here, there = (np.array(boxes[name][:2]) for name in (start, end))
-        look = {"arrowstyle": "-|>", "color": "#555555", "shrinkA": 2, "shrinkB": 2}
-        look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
-        ax.annotate("", there, here, arrowprops=look, zorder=2)
-        along = (there - here) * (PAGE_WIDTH, height)
-        across = np.array([-along[1], along[0]]) / np.hypot(*along) * (1 if along[0] > 0 else -1)  # to its left, or up
-        side = "left" if across[0] > 0.3 else "right" if across[0] < -0.3 else "center"
-        beside = {"xytext": 6 * across, "textcoords": "offset points", "ha": side, "va": "center", "fontsize": 6.5}
-        ax.annotate(words, (here + there) / 2, **beside, zorder=4)
-    return fig
 
 
 # -------------------------------------------------------------------------------------------------------- grids
@@ -416,9 +373,7 @@ def animation_frames(runs: Sequence[Any], per_run: int = 2, size: int = 256) -> 
             picture = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
             frame.paste(picture, (number * (size + gap), 0))
         pen = ImageDraw.Draw(frame)
-        pen.rectangle(
-            (0, size + gap, frame.width * step // steps[-1], size + gap + size // 40), fill=PART_COLOURS["lora"]
-        )
+        pen.rectangle((0, size + gap, frame.width * step // steps[-1], size + gap + size // 40), fill=COLOURS[1])
         text = "before training" if step == 0 else f"step {step}"
         pen.text((0, frame.height), text, "black", font=words, anchor="ld")
         frames.append(frame)

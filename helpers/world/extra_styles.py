@@ -88,6 +88,7 @@ def pixel(scene: Scene) -> str:
 
 
 def blueprint(scene: Scene) -> str:
+    """White lines on a blue grid, with a measure at the side."""
     blue, chalk = (24, 70, 150), "#eaf3ff"
     lines = "".join(f"M{t},0 L{t},128 M0,{t} L128,{t} " for t in range(8, 128, 8))
     parts = [ground(css(blue)), line(lines, "#4f83cc", 0.9)]
@@ -113,6 +114,7 @@ def vivid(color: Color, gain: float = 1.45) -> Color:
 
 
 def stained_glass(scene: Scene) -> str:
+    """Vivid panes between leads, in an arched window."""
     lead, rng = "#15121a", random.Random(scene.seed)
     back = vivid(SCENERY[scene.background], 1.5)
     glow = (
@@ -150,6 +152,7 @@ def stained_glass(scene: Scene) -> str:
 
 
 def chalkboard(scene: Scene) -> str:
+    """Chalk strokes on a dark green board."""
     board, chalk = (34, 66, 54), (240, 240, 228)
     rng = random.Random(scene.seed)
     parts = [f"<defs>{hatch('h', css(board), 5.5, 1.8, -38)}</defs>", ground(css(board))]

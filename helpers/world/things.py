@@ -9,6 +9,7 @@ from helpers.world.scenes import Scene
 
 
 def body(scene: Scene) -> list[Shape]:
+    """Shoulders, neck and clothes, which every portrait stands on."""
     neck_color = {"hero": "light", "skeleton": "white"}.get(scene.subject, scene.color)
     half = {"skeleton": 6, "alien": 6, "robot": 8}.get(scene.subject, 10)
     shapes = []
@@ -24,6 +25,7 @@ def body(scene: Scene) -> list[Shape]:
 
 
 def neckwear(scene: Scene) -> list[Shape]:
+    """The scarf, tie or bow tie below the chin; nothing for none."""
     color, kind = scene.neckwear_color, scene.neckwear
     if kind == "scarf":
         return [
@@ -51,6 +53,7 @@ def neckwear(scene: Scene) -> list[Shape]:
 
 
 def badge(scene: Scene) -> list[Shape]:
+    """The star on the chest; nothing for none."""
     if scene.badge == "none":
         return []
     return [
@@ -60,6 +63,7 @@ def badge(scene: Scene) -> list[Shape]:
 
 
 def headwear(scene: Scene) -> list[Shape]:
+    """The hat, cap, crown or other thing on the head; nothing for none."""
     color, kind = scene.headwear_color, scene.headwear
     trim = contrast(color, "ink" if color != "black" else "white")
     if kind == "cowboy hat":
@@ -117,6 +121,7 @@ def headwear(scene: Scene) -> list[Shape]:
 
 
 def eyewear(scene: Scene) -> list[Shape]:
+    """Glasses or sunglasses at the height of the eyes; nothing for none."""
     y = 58 if scene.subject in ("alien", "cat", "owl", "astronaut") else 57
     dark = scene.color == "black" or scene.subject == "robot"
     rim = "white" if dark else "ink"

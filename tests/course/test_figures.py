@@ -228,39 +228,12 @@ def test_curves_draw_raw_and_smoothed_lines_that_differ_in_dashes():
         curves({"a": ([1, 2], [1])})
 
 
-def contrast(colour: str) -> float:
-    """Contrast of a colour with white (WCAG 2.1)."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
-
-
-def test_every_part_has_a_colour_of_its_own():
-    assert set(figures.PART_COLOURS) == {"vae", "unet", "text_encoder", "scheduler", "lora"}
-    assert len(set(figures.PART_COLOURS.values())) == 5
-    assert all(contrast(colour) > 2 for colour in figures.PART_COLOURS.values())
-
-
 def test_picture_difference(tmp_path):
     for name, colour, size in (("a", (10, 10, 10), 8), ("b", (13, 10, 10), 8), ("c", (10, 10, 10), 9)):
         picture(colour, size).save(tmp_path / f"{name}.png")
     assert picture_difference(tmp_path / "a.png", tmp_path / "a.png") == 0
     assert picture_difference(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(1.0)
     assert picture_difference(tmp_path / "a.png", tmp_path / "c.png") is None
-
-
-def test_a_diagram_fills_what_trains_and_draws_every_arrow():
-    boxes = {"W": (0.2, 0.5, "W", "unet"), "A": (0.8, 0.5, "A", "lora"), "y": (0.5, 0.1, "y", None)}
-    fig = figures.diagram(boxes, [("W", "A", "words"), ("A", "y", "")], height=1.5, trained=("A",))
-    texts = {text.get_text(): text for text in fig.axes[0].texts if text.get_bbox_patch() is not None}
-    assert set(texts) == {"W", "A", "y"}
-    faces = {name: text.get_bbox_patch().get_facecolor() for name, text in texts.items()}
-    assert faces["W"] == (1, 1, 1, 1) != faces["A"]
-    arrows = [text for text in fig.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
-    assert len(arrows) == 2
-    assert "words" in [text.get_text() for text in fig.axes[0].texts]
-    with pytest.raises(KeyError):
-        figures.diagram(boxes, [("W", "gone", "")], height=1.5)
 
 
 class FakeRun:

@@ -18,12 +18,14 @@ NOTEBOOKS = notebooks.committed()
 MAX_LINES = 40  # a taught definition fits one cell
 # What a lesson is about must be written in front of the reader, not imported.
 MUST_TEACH = {
-    "11": {"best_of_rank"},
     "02": {
         *("LoRALayer", "LoRALinear", "LoRAConv2d", "find_targets", "wrap", "inject", "scaled", "compose"),
         *("delta_weight", "merge", "unmerge", "remove"),
     },
     "04": {"diffusion_target", "batch_indices", "draw_step", "part_loss", "training_step"},
+    "08": {"shuffled_shares"},
+    "09": {"loss_weights", "crossed_bootstrap"},
+    "11": {"best_of_rank"},
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
