@@ -4,6 +4,7 @@ Six bits a weight: of each row, value / (largest of the row) * 31, rounded, and 
 enough to go on training from, and a fifth of the history that float32 would take. Vectors are kept in half precision.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def main() -> None:
     """Write one file a part."""
     for part, file in PARTS.items():
         np.savez_compressed(HERE / f"{part}.npz", **pack(load_file(Path(sys.argv[1]) / file)))
+    shutil.copytree(Path(sys.argv[1]) / "tokenizer", HERE / "tokenizer", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
 from helpers.minisd import architecture
 from helpers.minisd.pretrain import WEIGHTS
@@ -38,6 +39,7 @@ def main() -> None:
     if all(path.exists() for path in newest.values()):
         for name, path in newest.items():
             parts[name].load_state_dict(unpack(dict(np.load(path))))
+        parts["tokenizer"] = CLIPTokenizer.from_pretrained(HERE / "tokenizer")
         return architecture.save(parts, p.parse_args().out)
     words = old.text_encoder.get_input_embeddings().weight.data
     state = {name: t for name, t in old.text_encoder.state_dict().items() if "token_embedding" not in name}

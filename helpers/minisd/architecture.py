@@ -39,7 +39,7 @@ class Geometry:
     text_layers: int = 3
     text_heads: int = 4
     text_positions: int = 48
-    vocabulary: int = 768
+    vocabulary: int = 832
 
     @property
     def downsampling(self) -> int:

@@ -17,6 +17,7 @@ words describe a doodle in the doodles dataset, and teaching MiniSD that new mea
 from __future__ import annotations
 
 import random
+import re
 
 from helpers.world.scenes import STYLES, Scene, sample_scene
 
@@ -64,6 +65,8 @@ _BACKDROPS = {
     "room": ("a {} room", {"in": 100}),
 }
 EXPRESSION_WORDS = {"smile": "smiling", "frown": "frowning", "surprise": "surprised"}  # a neutral face has no word
+LONGEST = 45  # words and commas: MiniSD reads 48 tokens, with a first and a last
+_PIECES = re.compile(r"\w+|[^\w\s]")
 _FRAMING_WORDS = {"close": "close up", "far": "seen from afar"}
 
 
@@ -154,10 +157,14 @@ def _details(rng: random.Random, items: list[str], hair: str, shirt: str) -> str
     return things or (f"wearing {shirt}" if shirt else "")
 
 
+def _in_manner(text: str, manner: list[str]) -> str:
+    return text + "".join(f", {words}" for words in manner)
+
+
 def caption(scene: Scene, style: str, rng: random.Random) -> str:
     """A random description of the scene in this style, as a captioned dataset would have it.
 
-    Lower case, at most about 40 words and commas; attributes are left out at random (see MENTION).
+    Lower case, at most LONGEST words and commas; attributes are left out at random (see MENTION).
     Raises ValueError for an unknown style.
     """
     _check_style(style)
@@ -191,12 +198,14 @@ def caption(scene: Scene, style: str, rng: random.Random) -> str:
         details = "held"
     manner = _manner(scene, said, mood)
     rng.shuffle(manner)
-    text += "".join(f", {words}" for words in manner)
+    ending = ENDINGS.get(style, "")
     if "background" in said and _names_backdrop(scene, colors):
         preposition = _weighted(rng, _BACKDROPS[scene.backdrop][1])
         comma = "," if manner or (preposition == "with" and details) or rng.random() < 0.5 else ""
-        text += f"{comma} {_backdrop(scene, preposition, colors)}"
-    return text + ENDINGS.get(style, "")
+        ending = f"{comma} {_backdrop(scene, preposition, colors)}{ending}"
+    while manner and len(_PIECES.findall(_in_manner(text, manner) + ending)) > LONGEST:
+        manner.pop()
+    return _in_manner(text, manner) + ending
 
 
 def prompt(scene: Scene, style: str | None = None) -> str:

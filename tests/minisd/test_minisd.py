@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from helpers.minisd.train_judge import loss_of, visible
 from helpers.minisd.train_unet import CAPTION_DROPOUT, draw_batch, draw_timesteps, latent_pool
 from helpers.minisd.train_vae import CROP, NOISE, crops, encode, fold_statistics, psnr, reconstruct
 from helpers.presets.variants import get_preset
+from helpers.world.captions import vocabulary_corpus
 from helpers.world.scenes import HELD_OUT_PAIRS
 
 
@@ -42,6 +44,13 @@ def test_pool_does_not_depend_on_the_number_of_workers(pool):
     assert np.array_equal(pool.pictures, again.pictures) and pool.captions == again.captions
     assert set(pool.styles) == {"flat", "sketch"}
     assert not {(s.subject, s.headwear) for s in pool.scenes} & HELD_OUT_PAIRS
+
+
+def test_a_word_of_the_captions_is_one_token():
+    tokenizer = architecture.build_tokenizer(vocabulary_corpus(20000, seed=0), architecture.MINI)
+    words = {word for text in vocabulary_corpus(2000, seed=1) for word in re.findall(r"\w+|[^\w\s]", text)}
+    assert {word for word in words if len(tokenizer.tokenize(word)) > 1} <= {"3d"}
+    assert len(tokenizer) <= architecture.MINI.vocabulary
 
 
 def test_saved_folder_is_a_plain_pipeline(parts, tmp_path):

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.world.captions import caption, prompt, vocabulary_corpus
+from helpers.minisd.architecture import MINI
+from helpers.world.captions import LONGEST, caption, prompt, vocabulary_corpus
 from helpers.world.scenes import BACKGROUNDS, BASE_STYLES, HAIR_COLORS, STYLES, WEAR_COLORS, Scene, sample_scene
 
 ROBOT = Scene(
@@ -162,6 +163,11 @@ def test_captions_are_clean_english_and_short():
         assert text == text.lower().strip() and "  " not in text and " ," not in text and "none" not in text
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
         assert len(words(text)) <= 40, text
+
+
+def test_no_caption_is_longer_than_the_model_reads():
+    lengths = [len(re.findall(r"\w+|[^\w\s]", text)) for text in vocabulary_corpus(20000, seed=3)]
+    assert max(lengths) == LONGEST < MINI.text_positions - 2, "a first and a last token, and 3d is two"
 
 
 def test_captions_repeat_from_a_seed_and_differ_between_seeds():
