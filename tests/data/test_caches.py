@@ -40,7 +40,7 @@ def equal(a, b):
 
 def test_cache_holds_latents_and_embeddings_of_unique_captions(tiny, dataset, tmp_path):
     cache = build_cache(tiny, dataset, tmp_path, "k" * 64)
-    mean, std = to_latents(tiny, torch.stack([to_tensor(row["image"], 16) for row in dataset]))
+    mean, std = to_latents(tiny, torch.stack([to_tensor(row["image"], tiny.resolution) for row in dataset]))
     assert torch.allclose(cache.mean, mean, atol=1e-6) and torch.allclose(cache.std, std, atol=1e-6)
     assert len(cache) == 5
     assert cache.captions == ["a cat", "a man", ""]

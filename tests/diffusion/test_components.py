@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def preset(folder):
-    return get_preset("mini", model=str(folder), resolution=16)
+    return get_preset("mini", model=str(folder), resolution=architecture.TINY.picture)
 
 
 def copy(folder, target):
@@ -44,7 +44,11 @@ def test_loads_float32_frozen_and_in_evaluation_mode(preset, folder):
         assert not module.training
         assert {p.dtype for p in module.parameters()} == {torch.float32}
         assert not any(p.requires_grad for p in module.parameters())
-    assert (parts.title, parts.prediction_type, parts.latent_shape) == ("MiniSD", "v_prediction", (4, 4, 4))
+    assert (parts.title, parts.prediction_type, parts.latent_shape) == (
+        "MiniSD",
+        "v_prediction",
+        (architecture.TINY.latent_channels, 4, 4),
+    )
     assert parts.device == torch.device("cpu")
 
 
@@ -166,7 +170,7 @@ def test_padding_of_stable_diffusion_2_is_token_0(tiny):
 
 
 def test_latents_are_the_scaled_posterior(tiny):
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    pictures = torch.rand(2, 3, tiny.resolution, tiny.resolution) * 2 - 1
     mean, std = convert.to_latents(tiny, pictures)
     posterior = tiny.vae.encode(pictures).latent_dist
     assert mean.shape == std.shape == (2, *tiny.latent_shape)
@@ -181,7 +185,7 @@ def test_pictures_are_decoded_as_the_vae_does_and_clamped(tiny):
     assert torch.allclose(decoded, expected, atol=1e-5)
     assert 0 <= decoded.min() and decoded.max() <= 1
     first = convert.to_pil(decoded)[0]
-    assert (first.mode, first.size) == ("RGB", (16, 16))
+    assert (first.mode, first.size) == ("RGB", (tiny.resolution, tiny.resolution))
 
 
 def test_to_pil_rounds():
@@ -202,9 +206,9 @@ def test_the_saved_folder_is_what_plain_diffusers_reads(folder):
 
 
 def test_a_resolution_that_the_vae_cannot_halve_is_refused(tiny):
-    with pytest.raises(c.ComponentsError, match="18 is no multiple of 4"):
+    with pytest.raises(c.ComponentsError, match="18 is no multiple of 8"):
         dataclasses.replace(tiny, resolution=18)
-    assert dataclasses.replace(tiny, resolution=32).latent_shape == (4, 8, 8)
+    assert dataclasses.replace(tiny, resolution=64).latent_shape == (architecture.TINY.latent_channels, 8, 8)
 
 
 def test_stable_diffusion_is_called_by_its_repository(tiny):

@@ -1,7 +1,7 @@
 """Numbers of the real Stable Diffusion that a machine without its weights can check.
 
 The tokenizer is rebuilt from the list of merges that OpenAI's CLIP comes with, found in the package openai-clip (which
-is read and never imported); the schedule, the timesteps and the memory follow from the configurations alone.
+is read and never imported); the schedule and the timesteps follow from the configurations alone.
 `COURSE_REAL=1` adds the one test that needs the weights and a GPU.
 """
 
@@ -9,31 +9,22 @@ import gzip
 import hashlib
 import json
 import os
-from contextlib import nullcontext
 from importlib.metadata import distribution
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizer
 
-from helpers import lora
 from helpers.diffusion.components import CLIP_VOCABULARY, load_components, use_padding_of_stable_diffusion_2
 from helpers.diffusion.pictures import to_pictures
 from helpers.diffusion.sampling import inference_timesteps, sample
 from helpers.diffusion.schedule import alphas_cumprod
 from helpers.diffusion.text import tokenize
-from helpers.presets.configuration import LINEAR
 from helpers.presets.prompts import SD_FIGURES, SD_VALIDATION
 from helpers.presets.sd_configs import CONFIGS, build_part
 from helpers.presets.variants import get_preset
-from helpers.training.draws import StepDraw
-from helpers.training.steps import part_loss
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------
 
@@ -126,79 +117,6 @@ def test_the_leading_timesteps(steps, first, last):
     """Sampling never sees timestep 999 and ends at 1, whatever the number of steps."""
     timesteps = inference_timesteps(steps)
     assert (timesteps[:3], timesteps[-3:], len(timesteps)) == (first, last, steps)
-
-
-# --- memory ------------------------------------------------------------------------------------------------------
-
-
-class NormsOfCuda(TorchFunctionMode):
-    """Autocast on CUDA computes norms in float32; on a CPU it leaves them in the precision of their input."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.group_norm, F.layer_norm):
-            args = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
-        return function(*args, **(kwargs or {}))
-
-
-def make_fake(module, mode):
-    """Turn weights without numbers (on the device "meta") into fake ones of a CPU, which have none either."""
-    for part in module.modules():
-        for name, weight in part._parameters.items():
-            if weight is not None:
-                with mode:
-                    fake = torch.empty(weight.shape, dtype=weight.dtype)
-                part._parameters[name] = nn.Parameter(fake, weight.requires_grad)
-
-
-def kept_bytes(preset, pictures=1):
-    """Bytes that autograd keeps for the backward pass of a part of so many pictures, in half precision or float32.
-
-    Each piece of memory counts once; weights do not count. Nothing is computed: fake tensors know shapes alone.
-    """
-    half = preset.train.mixed_precision == "bf16"
-    model = preset.name.split("@")[0]
-    unet, mode = build_part(model, "unet"), FakeTensorMode()
-    nn.Module.to(unet, torch.bfloat16 if half else torch.float32)
-    lora.inject(unet, preset.train.targets, preset.train.rank, preset.train.alpha)
-    if preset.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    make_fake(unet, mode)
-    weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with mode:
-        size = preset.resolution // 8
-        latents, rows = torch.empty(pictures, 4, size, size), torch.zeros(pictures, dtype=torch.int64)
-        states = torch.empty(pictures, 77, unet.config.cross_attention_dim)
-        draw = StepDraw(rows, latents, torch.empty_like(latents), rows, states, rows)
-        scheduler = SimpleNamespace(alphas_cumprod=torch.empty(1000))
-        components = SimpleNamespace(unet=unet, noise_scheduler=scheduler, prediction_type=preset.prediction_type)
-        norms = NormsOfCuda() if half else nullcontext()
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), norms, hooks:
-            part_loss(components, draw, preset.train)
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "gigabytes"),
-    [
-        ("sd21-base@bf16", {}, 1.106),
-        ("sd15@bf16", {}, 1.148),
-        ("sd21@bf16", {}, 2.469),
-        ("sd21-base@bf16", {"targets": LINEAR}, 1.283),
-        ("sd21-base@8gb@bf16", {}, 0.132),
-        ("sd21-base@fp32", {}, 1.516),
-    ],
-)
-def test_what_a_picture_keeps_for_the_backward_pass(name, changes, gigabytes):
-    """In 10^9 bytes, for one picture at full size: the budget that the memory variants stand on."""
-    assert kept_bytes(get_preset(name, **changes)) / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
 # --- with the weights --------------------------------------------------------------------------------------------
