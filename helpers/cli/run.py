@@ -67,8 +67,8 @@ def publish_results(results: Any, figures: Path, report: Path) -> None:
     from helpers.base.files import atomic_path
 
     source = results.path.parent
-    files = [entry[key] for entry in results.figures.values() for key in ("file", "vector") if key in entry]
-    pairs = [(source / file, figures / Path(file).name) for file in files]
+    files = [entry[key] for entry in results.figures.values() for key in ("file", "vector", "data") if key in entry]
+    pairs = [(source / file, figures / Path(file).relative_to("figures")) for file in files]
     for old, new in [*pairs, (results.path, report / "results.json")]:
         with atomic_path(new) as temporary:
             shutil.copyfile(old, temporary)
