@@ -4,10 +4,12 @@ Nothing is fetched when a page is opened: formulas are MathML, fonts are the rea
 notebooks show their committed outputs.
 """
 
+import ast
 import hashlib
 import json
 import re
 from base64 import b64decode
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
@@ -30,7 +32,7 @@ html_title = project
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_js_files = ["site.js"]
+html_js_files = ["site.js", ("sliders.js", {"defer": "defer"})]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sourcelink = False
@@ -109,6 +111,63 @@ def _alts(output: dict):
             yield hashlib.sha256(picture).hexdigest(), said
 
 
+def add_sliders(app, doctree) -> None:
+    """Below a cell that calls `show_slider`, the pictures that the course kept of it (helpers/course/sliders.py)."""
+    own = {}
+    for file in sorted((Path(app.srcdir) / "figures" / "sliders").glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if app.env.docname == f"notebooks/{facts['notebook']}" and file.with_suffix(".webp").exists():
+            own[facts["description"]] = _slider(facts, file.stem)
+    if own:
+        cells = json.loads(Path(app.env.doc2path(app.env.docname)).read_text(encoding="utf-8"))["cells"]
+        for box in list(doctree.findall(nodes.container)):
+            if box.get("nb_element") == "cell_code":
+                for description in _described("".join(cells[box["cell_index"]]["source"])):
+                    box += own.get(description, [])
+
+
+def _described(source: str) -> list[str]:
+    """The descriptions of the sliders that a cell shows, where they are literals."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except SyntaxError:  # a command of IPython's
+        return []
+    calls = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "show_slider"]
+    given = [[*call.args[2:3], *(word.value for word in call.keywords if word.arg == "description")] for call in calls]
+    return [text.value for texts in given for text in texts if isinstance(text, ast.Constant)]
+
+
+def _slider(facts: dict, name: str) -> list[nodes.Node]:
+    """Windows onto one file of pictures, at first the middle ones, and a range, which _static/sliders.js shows.
+
+    Pieces of HTML around Sphinx's own nodes for pictures, so that it copies the file and knows its address.
+    """
+    middle = len(facts["values"]) // 2
+    value, description, alt = (escape(text) for text in (facts["values"][middle], facts["description"], facts["alt"]))
+    data = escape(json.dumps({key: facts[key] for key in ("description", "values", "columns", "rows")}))
+    width, height = facts["size"]
+    found: list[nodes.Node] = []
+
+    def html(text: str) -> None:
+        found.append(nodes.raw("", text, format="html"))
+
+    html(f'<div class="picture-slider" role="group" aria-label="{alt}" data-slider="{data}">')
+    html(f'<div class="picture-slider-rows" style="--rows: {len(facts["rows"])}">')
+    for row in facts["rows"]:
+        line, column = divmod(row["places"][middle], facts["columns"])
+        place = f"--columns: {facts['columns']}; --column: {column}; --line: {line}"
+        html(f'<figure><div class="picture-slider-window" style="aspect-ratio: {width} / {height}; {place}">')
+        alt = f"{row['title']} ({facts['description']}: {facts['values'][middle]})"
+        found.append(nodes.image(uri=f"/figures/sliders/{name}.webp", alt=alt))
+        html(f"</div><figcaption>{escape(row['title'])}</figcaption></figure>")
+    html(f'</div><p><label for="slider-{name}">{description}</label>: <span>{value}</span></p>')
+    html(
+        f'<input type="range" id="slider-{name}" min="0" max="{len(facts["values"]) - 1}" value="{middle}"'
+        f' aria-valuetext="{value}" autocomplete="off" hidden></div>'
+    )
+    return found
+
+
 def add_download(app, page, template, context, doctree) -> None:
     """A link to the notebook itself, which lies beside its page."""
     if doctree is not None and str(app.env.doc2path(page)).endswith(".ipynb"):
@@ -120,6 +179,7 @@ def add_download(app, page, template, context, doctree) -> None:
 def setup(app) -> dict:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("doctree-read", add_sliders, priority=400)  # before Sphinx takes note of the pictures
     app.connect("doctree-read", add_alt)
     app.connect("html-page-context", add_download)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

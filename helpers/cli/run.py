@@ -90,8 +90,8 @@ def publish(results: Any, more: Sequence[Path | None]) -> None:
     from helpers.base.files import atomic_path
 
     source = results.path.parent
-    files = [entry[key] for entry in results.figures.values() for key in ("file", "vector") if key in entry]
-    pairs = [(source / file, ROOT / "figures" / Path(file).name) for file in files]
+    files = [entry[key] for entry in results.figures.values() for key in ("file", "vector", "data") if key in entry]
+    pairs = [(source / file, ROOT / file) for file in files]
     pairs += [(results.path, ROOT / "report" / "results.json")]
     for file in filter(None, more):
         pairs.append((file, ROOT / ("report" if file.suffix == ".pdf" else "figures") / file.name))

@@ -132,6 +132,7 @@ def execute(path: Path, output: Path, given: dict[str, Any], environment: dict[s
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "COURSE_NOTEBOOK": path.stem,  # what it records is noted as its own
+        "COURSE_PRESET": given.get("PRESET", "mini"),  # where its sliders are kept
         **(environment or {}),
     }
     start = time.monotonic()

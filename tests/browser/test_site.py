@@ -116,6 +116,54 @@ def test_a_chapter_with_formulas(view, artefacts):
     _fits(page)
 
 
+def test_a_slider_moves_by_keyboard(view, artefacts):
+    page, name = view
+    page.goto(f"/{_with_slider()}")
+    slider = page.locator(".picture-slider").first
+    control, window = slider.locator("input"), slider.locator(".picture-slider-window").last
+    slider.scroll_into_view_if_needed()
+    control.focus()
+    values = [_state(control, window)]
+    for key in ("ArrowRight", "Home", "End"):
+        page.keyboard.press(key)
+        values.append(_state(control, window))
+    page.keyboard.press("ArrowLeft")
+    slider.screenshot(path=artefacts / f"slider-{name}.png")
+    said, alts, places, pictures = zip(*values, strict=True)
+    for kind in (said, alts, places, pictures):
+        assert kind[0] != kind[1] != kind[2] != kind[3], kind
+    assert slider.locator("label + span").text_content() == control.get_attribute("aria-valuetext")
+    assert control.evaluate("range => range.labels.length") == 1
+    _fits(page)
+
+
+def test_without_programs_a_slider_is_a_still_picture(browser, address, artefacts):
+    context = browser.new_context(java_script_enabled=False, base_url=address)
+    page = context.new_page()
+    page.goto(f"/{_with_slider()}")
+    slider = page.locator(".picture-slider").first
+    assert not slider.locator("input").is_visible() and slider.locator("img").first.is_visible()
+    assert slider.locator("label + span").text_content() == slider.locator("input").get_attribute("aria-valuetext")
+    slider.screenshot(path=artefacts / "slider-still.png")
+    context.close()
+
+
+def _with_slider() -> str:
+    """The first page with a slider whose files the course has kept."""
+    for path in sorted(site.OUTPUT.rglob("*.html")):
+        if 'class="picture-slider"' in path.read_text(encoding="utf-8"):
+            return path.relative_to(site.OUTPUT).as_posix()
+    pytest.skip("no page of the site has a slider: make course, then make site")
+
+
+def _state(control, window) -> tuple:
+    """What is said of a slider's value and shown for it: value, alt text, place in the file of pictures, pixels."""
+    place = "box => [box.offsetLeft, box.offsetTop]"
+    picture = window.locator("img")
+    alt, value = picture.get_attribute("alt"), control.get_attribute("aria-valuetext")
+    return value, alt, picture.evaluate(place), window.screenshot()
+
+
 def test_every_page_fits_a_phone(browser, address):
     context = browser.new_context(viewport={"width": 390, "height": 844}, base_url=address)
     page = context.new_page()

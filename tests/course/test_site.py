@@ -1,9 +1,16 @@
-"""The website: its checks can fail, and every notebook has a page. (Sphinx itself runs in `make site`.)"""
+"""The website: its checks can fail, and every notebook has a page. (Sphinx builds all of it in `make site`, here a
+page with sliders.)
+"""
 
 import json
+import re
+import shutil
 import subprocess
+import sys
+from html import unescape
 
 import pytest
+from PIL import Image
 
 from helpers.base import errors
 from helpers.base.paths import ROOT
@@ -110,6 +117,84 @@ def test_sections_of_markdown():
 def test_the_documented_modules_exist():
     for name in site.MODULES:
         assert (ROOT / "helpers" / f"{name.replace('.', '/')}.py").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- sliders
+SLIDER = {
+    "notebook": "01_a",
+    "description": "scale of “A & B”",
+    "alt": "Pictures by scale, from 0 to 1: one; <other>",
+    "values": ["0", "0.5", "1"],
+    "size": [8, 6],
+    "columns": 2,
+    "rows": [{"title": "one", "places": [0, 1, 2]}, {"title": "<other>", "places": [3, 3, 3]}],
+}
+
+
+@pytest.fixture(scope="module")
+def pages_with_sliders(tmp_path_factory):
+    """{name: HTML} of three notebooks with the same cells, of which the course has executed the first, and the site."""
+    for module in ("sphinx", "myst_nb", "furo", "latex2mathml"):
+        pytest.importorskip(module, reason="Sphinx is not installed")
+    folder = tmp_path_factory.mktemp("sliders")
+    source, output = folder / "source", folder / "site"
+    shutil.copytree(site.SOURCE / "_static", source / "_static")
+    shutil.copy(site.SOURCE / "conf.py", source)
+    (source / "index.md").write_text("# Index\n\n```{toctree}\n:glob:\nnotebooks/**\n```\n")
+    described = f'show_slider(rows, values, "{SLIDER["description"]}")'
+    code = [
+        "%pip list",
+        "# show_slider",
+        described,
+        'show_slider(rows, values, description="another")',
+        "show_slider()",
+    ]
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": "# A title", "id": "a"}]
+    for number, text in enumerate(code):
+        cell = {"cell_type": "code", "metadata": {"tags": ["hide-input"]}, "source": text, "id": f"c{number}"}
+        cells.append(cell | {"outputs": [], "execution_count": None})
+    language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    text = json.dumps({"cells": cells, "metadata": language, "nbformat": 4, "nbformat_minor": 5})
+    names = ("01_a", "02_b", "solutions/01_a")
+    for name in names:
+        (source / "notebooks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / "notebooks" / f"{name}.ipynb").write_text(text)
+    kept = source / "figures" / "sliders"
+    kept.mkdir(parents=True)
+    Image.new("RGB", (16, 12), "red").save(kept / "01_scale.webp")
+    (kept / "01_scale.json").write_text(json.dumps(SLIDER))
+    (kept / "01_another.json").write_text(json.dumps(SLIDER | {"description": "another"}))  # without its pictures
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(folder / "trees")]
+    done = subprocess.run([*command, str(source), str(output)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: (output / "notebooks" / f"{name}.html").read_text(encoding="utf-8") for name in names}, output
+
+
+def test_a_slider_stands_on_the_page_below_the_cell_that_shows_it(pages_with_sliders):
+    pages, output = pages_with_sliders
+    page = pages["01_a"]
+    [start] = [found.start() for found in re.finditer('<div class="picture-slider" ', page)]
+    asked = [found.start() for found in re.finditer(r"<div class=\"cell .*?docutils container", page)]
+    assert len(asked) == 5 and asked[2] < start < asked[3], "of five cells, the third shows it"
+    [data] = re.findall('data-slider="(.*?)"', page)
+    wanted = {key: SLIDER[key] for key in ("description", "values", "columns", "rows")}
+    assert json.loads(unescape(data)) == wanted
+    assert f'aria-label="{SLIDER["alt"].replace("<", "&lt;").replace(">", "&gt;")}"' in page
+    [control] = re.findall('<input type="range".*?>', page)
+    assert 'min="0" max="2" value="1" aria-valuetext="0.5"' in control and control.endswith(" hidden>")
+    [name] = re.findall('id="(.*?)"', control)
+    assert f'<label for="{name}">scale of “A &amp; B”</label>: <span>0.5</span>' in page
+    assert re.findall("--column: (.); --line: (.)", page) == [("1", "0"), ("1", "1")], "the middle ones"
+    assert "aspect-ratio: 8 / 6; --columns: 2" in page and "<figcaption>&lt;other&gt;</figcaption>" in page
+    assert len(re.findall(r'<img alt="[^"]+ \(scale of “A &amp; B”: 0\.5\)"', page)) == 2
+    assert 'src="../_static/sliders.js' in page and (output / "_images" / "01_scale.webp").exists()
+    assert [problem for problem in site.check(output)[2] if "picture" in problem or "missing" in problem] == []
+
+
+@pytest.mark.parametrize("name", ["02_b", "solutions/01_a"])
+def test_without_its_files_a_page_has_no_slider(pages_with_sliders, name):
+    page = pages_with_sliders[0][name]
+    assert page.count("show_slider") == 4 and "picture-slider" not in page and '<input type="range"' not in page
 
 
 # ------------------------------------------------------------------------------------------------------------ Try it
