@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.cli.run import publish_results
+from helpers.cli import run
 from helpers.course import notebooks, results
 from helpers.course import sliders as widgets
 
@@ -108,13 +108,14 @@ def test_executed_by_the_course_its_pictures_are_kept(executed, monkeypatch):
             assert np.abs(np.subtract(found, wanted, dtype=float)).mean() < 3, (title, index)
 
 
-def test_the_files_are_noted_as_figures_are_and_published(executed, tmp_path):
+def test_the_files_are_noted_as_figures_are_and_published(executed, tmp_path, monkeypatch):
     widgets.show_slider({"one": pictures()}, ["0", "0.5", "1"], "adapter scale")
     noted = results.Results("mini")
     entry = noted.figures["slider_02_adapter_scale"]
     assert entry["file"] == "figures/sliders/02_adapter_scale.webp" and entry["notebook"] == "02_lora"
     assert noted.data["provenance"][entry["provenance"]]["weights"] == "weights"
-    publish_results(noted, tmp_path / "repository" / "figures", tmp_path / "repository" / "report")
+    monkeypatch.setattr(run, "ROOT", tmp_path / "repository")
+    run.publish(noted, [])
     for name in ("02_adapter_scale.webp", "02_adapter_scale.json"):
         published = tmp_path / "repository" / "figures" / "sliders" / name
         assert published.read_bytes() == (executed / "figures" / "sliders" / name).read_bytes()
