@@ -42,15 +42,17 @@ def make_preset(folder, **settings):
 
 
 def random_cache():
-    """23 rows of random latents [4, 4, 4], 5 captions."""
+    """23 rows of random latents [C, 4, 4] of the tiny MiniSD, 5 captions."""
+    from helpers.minisd.architecture import TINY
+
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator)
 
     return LatentCache(
-        mean=normal(23, 4, 4, 4),
-        std=normal(23, 4, 4, 4).abs() * 0.1,
+        mean=normal(23, TINY.latent_channels, 4, 4),
+        std=normal(23, TINY.latent_channels, 4, 4).abs() * 0.1,
         caption_embeddings=normal(5, 24, 16),
         caption_ids=torch.arange(5 * 24).reshape(5, 24) % 50,
         caption_index=torch.arange(23) % 5,

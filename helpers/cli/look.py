@@ -16,6 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="WHERE", required=True, help=text)
     parser.add_argument("--image-column", metavar="NAME", help="the column of pictures (default: image)")
     parser.add_argument("--text-column", "--caption-column", metavar="NAME", help="the column of captions (text)")
+    parser.add_argument("--caption", metavar="TEXT", help="the caption of every picture without one")
     parser.set_defaults(dataset=None, revision=None)
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="the contact sheet (default: runs/look/…)")
 

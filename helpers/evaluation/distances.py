@@ -147,7 +147,7 @@ def fidelity(generated: Tensor, drawn: Tensor, ceiling: Tensor, seed: int = 0, d
     value = ratio(once).item()
     if math.isnan(value):
         raise ValueError("decoded pictures look like drawn ones to these features: take more pictures")
-    low, high = np.nanquantile(ratio(torch.from_numpy(counts).double()).numpy(), (0.025, 0.975))
+    low, high = np.nanquantile(ratio(torch.from_numpy(counts.astype(np.float64))).numpy(), (0.025, 0.975))
     return Measure(value, float(low), float(high), n)
 
 

@@ -257,21 +257,21 @@ def test_the_readme_s_commands_train_on_own_pictures_and_draw_with_the_adapter(t
     lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     names = ("look", "train", "sample")
     look, train, sample = (next(line for line in lines if line.startswith(f"course {name} ")) for name in names)
-    assert "--data my_pictures" in look and "--data my_pictures" in train and "--adapter my_pictures" in sample
+    assert "--data my_images" in look and "--data my_images" in train and "--adapter my_images" in sample
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
-    (tmp_path / "my_pictures").mkdir()
+    (tmp_path / "my_images").mkdir()
     for number in range(4):
-        Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(tmp_path / "my_pictures" / f"{number}.png")
-        (tmp_path / "my_pictures" / f"{number}.txt").write_text(f"a portrait of a cat, number {number}, in my style")
+        Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(tmp_path / "my_images" / f"{number}.png")
+        (tmp_path / "my_images" / f"{number}.txt").write_text(f"a portrait of a cat, number {number}, in my style")
     assert cli.main(shlex.split(look)[1:]) == 0
     assert cli.main([word if word != "500" else "2" for word in shlex.split(train)[1:]]) == 0
     said = capsys.readouterr().out
-    assert said.count("my_pictures: 4 pictures") >= 2 and "contact sheet: " in said
-    run = newest_run(get_preset("mini"), "my_pictures")
+    assert said.count("my_images: 4 pictures") >= 2 and "contact sheet: " in said
+    run = newest_run(get_preset("mini"), "my_images")
     assert run is not None and run.config["train"]["steps"] == 2
-    found = find_adapter(get_preset("mini"), "my_pictures")
-    assert found == run.adapter == find_adapter(get_preset("mini"), "my_pictures/")
+    found = find_adapter(get_preset("mini"), "my_images")
+    assert found == run.adapter == find_adapter(get_preset("mini"), "my_images/")
     for name in ("evolution.png", "before_and_after.png"):
         with Image.open(run.adapter.parent / name) as sheet:
             assert sheet.size == (2 * run.config["resolution"], 4 * run.config["resolution"])

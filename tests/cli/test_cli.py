@@ -483,7 +483,7 @@ def test_shapes_and_skipped_steps_are_told(trained, pictures, capsys):
     trained.skipped = 3
     spec = trained("--data", pictures, "--dataset", "mine", "--caption", " in zwx style ")["spec"]
     said = capsys.readouterr().out
-    assert spec.caption == "in zwx style" and "mine: 0 tall, 0 wide, 3 square" in said
+    assert spec.caption == "in zwx style" and "mine: 3 pictures" in said and "3 square" in said
     assert "skipped: 3 of 7 steps, whose gradients overflowed in fp16" in said
     assert cli.main(["train", "--dataset", "doodles", "--caption", "zwx"]) == 1
     assert "--caption goes with --data" in capsys.readouterr().err

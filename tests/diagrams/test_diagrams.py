@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import re
 import subprocess
 import sys
@@ -72,18 +71,6 @@ def test_every_colour_has_a_dark_twin(drawn, name):
     assert found["light"].keys() == found["dark"].keys()
     for theme, shade in (("light", 0), ("dark", 1)):
         assert found[theme] == {key: colours.COLOURS[key.partition("-")[2]][shade] for key in found[theme]}
-
-
-def test_parts_have_the_hues_of_the_figures():
-    from helpers.course.figures import PART_COLOURS
-
-    def hue(colour: str) -> float:
-        return colorsys.rgb_to_hsv(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0] * 360
-
-    assert set(colours.PARTS) == {*PART_COLOURS, "data"}
-    for part, colour in PART_COLOURS.items():
-        for shade in colours.COLOURS[part]:
-            assert abs(hue(shade) - hue(colour)) < 14, part
 
 
 # ------------------------------------------------------------------------------------- they show the model as it is

@@ -135,8 +135,8 @@ def test_image_to_image_equal_to_the_pipeline(tiny, strength, monkeypatch):
     pipeline = StableDiffusionImg2ImgPipeline(**as_pipeline(tiny).components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     # The pipeline draws a sample of the posterior, and we take its mean, which it finds here
-    mean = to_latents(tiny, pictures)[0] / tiny.vae.config.scaling_factor
-    monkeypatch.setattr(tiny.vae, "encode", lambda _: SimpleNamespace(latents=mean))
+    means = iter((to_latents(tiny, pictures)[0] / tiny.vae.config.scaling_factor).split(1))
+    monkeypatch.setattr(tiny.vae, "encode", lambda _: SimpleNamespace(latents=next(means)))
     theirs = pipeline(
         PROMPTS,
         image=pictures / 2 + 0.5,

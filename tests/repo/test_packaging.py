@@ -102,6 +102,7 @@ def third_party_imports() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 found.add(node.module.split(".")[0])
     own = {"helpers", "tests", "tiny", "training_tools", "hub_cache", "parity_tools"}
+    own |= {"apple", "diagram_checks", "kept_bytes"}
     return {name for name in found if name not in sys.stdlib_module_names | own}
 
 

@@ -142,7 +142,7 @@ def test_several_seeds_of_each_prompt(tiny):
     # with one seed only, each prompt has the first of its three
     assert [pairs[0], pairs[3]] == validation_pairs(dataclasses.replace(config, validation_seeds=1), ("a cat", "a man"))
     noise = validation_latents(tiny, config, ("a cat", "a man"))
-    assert noise.shape == (6, 4, 4, 4) and torch.equal(noise, initial_latents(tiny, seeds))
+    assert noise.shape == (6, *tiny.latent_shape) and torch.equal(noise, initial_latents(tiny, seeds))
     assert not torch.equal(noise[0], noise[1])
 
 

@@ -87,7 +87,7 @@ def test_default_rows_are_the_homeworks():
 
 def test_fingerprint_is_of_the_specification_and_the_code(monkeypatch):
     base = fingerprint("doodles", "train")
-    assert base == fingerprint("doodles", "train", 64, 1000, 0) and len(base) == 64
+    assert base == fingerprint("doodles", "train", 128, 1000, 0) and len(base) == 64
     others = [
         fingerprint("vintage", "train", n=1000),
         fingerprint("doodles", "held_out", n=1000),
