@@ -187,7 +187,7 @@ def test_a_kernel_that_died_of_stable_diffusion_is_told_what_takes_less(tmp_path
     monkeypatch.setattr(papermill, "execute_notebook", died)
     path = tmp_path / "01_hungry.ipynb"
     cells = [new_code_cell("PRESET = 'mini'", metadata={"tags": ["parameters"]})]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebooks.write(new_notebook(cells=cells, metadata=kernel), path)
     with pytest.raises(errors.CourseError, match="its kernel died; if that was for .*take --preset sd15@8gb@256px"):
         notebooks.execute(path, tmp_path / "out.ipynb", {"PRESET": "sd15@8gb"})
