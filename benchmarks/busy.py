@@ -29,11 +29,11 @@ NAME = "busy"
 CPU = torch.device("cpu")
 # Read by the OpenMP runtime when torch loads it. OMP_WAIT_POLICY is OpenMP's own, for GNU's libgomp (PyTorch for Linux)
 # and LLVM's libomp (for macOS); GOMP_SPINCOUNT is GNU's, KMP_BLOCKTIME (milliseconds) LLVM's and Intel's.
-OLD, NEW = "default", "passive"
+OLD, NEW = "default", "short spin"
 WAITING: dict[str, dict[str, str]] = {
     OLD: {},
-    NEW: {"OMP_WAIT_POLICY": "passive"},
-    "short spin": {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
+    NEW: {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 ASKED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")

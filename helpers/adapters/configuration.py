@@ -32,11 +32,10 @@ class AdapterError(ValueError):
 class Adapter:
     """What an adapter file holds.
 
-    layers: {"unet.<module>" or "text_encoder.<module>": LoRAWeights}. targets: for each component the
-    targets that the file names. metadata: its provenance. layout: how its tensors are named, see
-    `helpers.adapters.layouts`.
-    dropout: of training. keys: the file's own names of its tensors, {(layer, part): key}, for messages. notes: what a
-    reader of the file should know, in sentences.
+    layers: {"unet.<module>" or "text_encoder.<module>": LoRAWeights}. targets: for each component the targets that the
+    file names. metadata: its provenance. layout: how its tensors are named, see `helpers.adapters.layouts`. dropout: of
+    training. keys: the file's own names of its tensors, {(layer, part): key}, for messages. notes: what a reader of the
+    file should know, in sentences.
     """
 
     layers: dict[str, LoRAWeights]

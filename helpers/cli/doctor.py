@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 
 from helpers.base import hub, paths
 from helpers.base.paths import ROOT
-from helpers.course import notebooks
 from helpers.presets.catalogue import CLIP, CLIP_GB, PRESETS
 from helpers.presets.configuration import Preset
 from helpers.presets.variants import get_preset
@@ -104,6 +104,15 @@ def here() -> frozenset[str]:
 
 
 # --- what it says ------------------------------------------------------------------------------------------------
+def tell_findings(given: argparse.Namespace) -> int:
+    """`course doctor`: what was found, and 1 when the course cannot run."""
+    findings, advised = examine()
+    for finding in findings:
+        print(f"{finding.state}  {finding.what:<14}{finding.found}")
+    print(advised)
+    return 1 if any(finding.state == WRONG for finding in findings) else 0
+
+
 def examine() -> tuple[list[Finding], str]:
     """Everything worth knowing about this machine, a line each, and the advice."""
     machine = look()
@@ -113,6 +122,7 @@ def examine() -> tuple[list[Finding], str]:
 def software() -> list[Finding]:
     """What is installed: Python, the libraries, MiniSD's weights, the notebooks."""
     from helpers.base.provenance import versions
+    from helpers.course import notebooks
     from helpers.diffusion.components import PARTS
 
     found = versions()

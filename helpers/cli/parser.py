@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.cli.adapter import add_commands
+from helpers.cli.doctor import tell_findings
 from helpers.cli.figure import redraw_figure
 from helpers.cli.look import add_options as add_look_options
 from helpers.cli.look import look_at_pictures
@@ -21,7 +22,7 @@ from helpers.cli.messages import DEFAULT, is_readers, sentence_of
 from helpers.cli.run import compile_report, run_course
 from helpers.cli.sample import sample_pictures
 from helpers.cli.train import add_options, train_adapter
-from helpers.cli.upkeep import check_course, examine, refresh_notebooks, run_sweep, write_badges
+from helpers.cli.upkeep import check_course, refresh_notebooks, run_sweep, write_badges
 from helpers.presets.catalogue import PRESETS
 
 
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", compile_report, "compile the report from the last results")
     report.set_defaults(preset=None)
-    add("doctor", examine, "what the course finds on this machine, and the preset that suits it", preset=False)
+    add("doctor", tell_findings, "what the course finds on this machine, and the preset that suits it", preset=False)
 
     again = add("notebooks", refresh_notebooks, "execute the committed notebooks in place and clean them", preset=False)
     again.add_argument("--only", metavar="01,02", help="only these notebooks")

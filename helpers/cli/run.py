@@ -86,18 +86,27 @@ def report_of(results: Any, complete: bool) -> Path | None:
 
 
 def publish(results: Any, more: Sequence[Path | None]) -> None:
-    """Copies figures, results.json and the report to where the repository keeps them, each whole or not at all."""
-    from helpers.base.files import atomic_path
+    """Copies figures, results.json and the report to where the repository keeps them, each whole or not at all.
 
-    source = results.path.parent
-    files = [entry[key] for entry in results.figures.values() for key in ("file", "vector", "data") if key in entry]
-    pairs = [(source / file, ROOT / file) for file in files]
-    pairs += [(results.path, ROOT / "report" / "results.json")]
+    Figures that the results there name and these do not are removed: nothing draws them any more.
+    """
+    from helpers.base.files import atomic_path
+    from helpers.course.results import files_of, read
+
+    source, kept = results.path.parent, ROOT / "report" / "results.json"
+    files = [file for entry in results.figures.values() for file in files_of(entry)]
+    try:
+        before = [file for entry in read(kept)["figures"].values() for file in files_of(entry)]
+    except ValueError:  # there is none, or it is damaged
+        before = []
+    pairs = [*((source / file, ROOT / file) for file in files), (results.path, kept)]
     for file in filter(None, more):
         pairs.append((file, ROOT / ("report" if file.suffix == ".pdf" else "figures") / file.name))
     for old, new in pairs:
         with atomic_path(new) as temporary:
             shutil.copyfile(old, temporary)
+    for gone in set(before) - set(files):
+        (ROOT / gone).unlink(missing_ok=True)
 
 
 def build_report(results: Path, figures: Path, output: Path) -> Path:

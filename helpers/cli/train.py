@@ -13,7 +13,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.base.errors import CourseError
 from helpers.base.paths import ROOT, short
+from helpers.cli.adapter import find_adapter
 from helpers.cli.messages import DEFAULT
 from helpers.presets.configuration import DatasetSpec, Preset, TrainConfig
 from helpers.presets.variants import get_preset
@@ -58,8 +60,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def train_adapter(given: argparse.Namespace) -> int:
     """`course train`: one adapter of a preset's dataset, or of one's own captioned pictures."""
-    from helpers.base.errors import CourseError
-
     first = is_first()
     preset = preset_with(given.preset, train_settings(given))
     if given.data:
@@ -189,13 +189,13 @@ def leave_pictures(run: Run) -> dict[str, Path]:
     """{what it shows: path}: the evolution, a row a prompt and a column a validation, and its first and last column.
 
     The first validation comes before the first step, when the adapter changes nothing: it is the base model. Empty
-    for a run with fewer than two validations.
+    for a run with fewer than two validations, or without prompts to validate with.
     """
     from helpers.base.files import atomic_path
     from helpers.course.figures import contact_sheet
 
     steps = [step for step, _ in run.validations()]
-    if len(steps) < 2:
+    if len(steps) < 2 or not run.validation_pictures(steps[0]):
         return {}
     last = len(steps) - 1
     some = sorted({steps[i * last // (COLUMNS - 1)] for i in range(COLUMNS)})
@@ -212,15 +212,15 @@ def leave_pictures(run: Run) -> dict[str, Path]:
 def ways_to_use(preset: Preset, run: Run) -> list[str]:
     """The adapter in this course, in diffusers and in ComfyUI or AUTOMATIC1111, each as a command or a place."""
     chosen = "" if preset.name == DEFAULT else f" --preset {preset.name}"
-    name = shlex.quote(run.dataset)
+    adapter, file = shlex.quote(adapter_of(preset, run)), shlex.quote(f"{run.dataset}.safetensors")
     prompt = shlex.quote(" ".join(next(iter(preset.validation_prompts.get(run.dataset, ())), "a prompt").split()))
-    base = preset.model if preset.on_hub else str(short(ROOT / preset.model))
+    base = preset.model if preset.on_hub else typed(ROOT / preset.model)
     lines = [
-        f"draw with it: course sample{chosen} --prompt {prompt} --adapter {name}",
+        f"draw with it: course sample{chosen} --prompt {prompt} --adapter {adapter}",
         "in diffusers:",
         "    from diffusers import StableDiffusionPipeline",
         f"    pipeline = StableDiffusionPipeline.from_pretrained({base!r})",
-        f"    pipeline.load_lora_weights({short(run.adapter.parent)!r}, weight_name={run.adapter.name!r})",
+        f"    pipeline.load_lora_weights({typed(run.adapter.parent)!r}, weight_name={run.adapter.name!r})",
     ]
     if not preset.on_hub:
         return [
@@ -229,6 +229,23 @@ def ways_to_use(preset: Preset, run: Run) -> list[str]:
         ]
     return [
         *lines,
-        f"in ComfyUI or AUTOMATIC1111: course adapter convert{chosen} {name} {name}.safetensors,",
+        f"in ComfyUI or AUTOMATIC1111: course adapter convert{chosen} {adapter} {file},",
         "    then put it into ComfyUI/models/loras or stable-diffusion-webui/models/Lora",
     ]
+
+
+def adapter_of(preset: Preset, run: Run) -> str:
+    """The run's adapter as `--adapter` takes it: the dataset's name where that stands for this very run, else the file.
+
+    A dataset of the course stands for its run with the preset's own settings.
+    """
+    try:
+        found = find_adapter(get_preset(preset.name), run.dataset)
+    except CourseError:  # no such run
+        found = None
+    return run.dataset if found == run.adapter else typed(run.adapter)
+
+
+def typed(path: Path) -> str:
+    """The path as commands and programs take it where one is: relative if it lies below, else whole."""
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else str(path)

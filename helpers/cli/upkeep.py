@@ -1,4 +1,4 @@
-"""`course check`, `notebooks`, `colab`, `sweep` and `doctor`: what keeps the course in order."""
+"""`course check`, `notebooks`, `colab` and `sweep`: what keeps the course in order."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ def check_course(given: argparse.Namespace) -> int:
     from helpers.course.checks import check
 
     return 0 if check() else 1
-
-
-def examine(given: argparse.Namespace) -> int:
-    """`course doctor`: what was found, and 1 when the course cannot run."""
-    from helpers.cli import doctor
-
-    findings, advice = doctor.examine()
-    for finding in findings:
-        print(f"{finding.state}  {finding.what:<14}{finding.found}")
-    print(advice)
-    return 1 if any(finding.state == doctor.WRONG for finding in findings) else 0
 
 
 def refresh_notebooks(given: argparse.Namespace) -> int:

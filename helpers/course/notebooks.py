@@ -26,7 +26,7 @@ from helpers.base.errors import CourseError, is_out_of_memory
 from helpers.base.files import atomic_path, write_json_atomic
 from helpers.base.paths import ROOT, short
 from helpers.base.provenance import code_hash, versions
-from helpers.course.results import Results, output_folder, python_files
+from helpers.course.results import Results, files_of, output_folder, python_files
 from helpers.presets.catalogue import PRESETS
 from helpers.presets.variants import get_preset
 
@@ -336,8 +336,11 @@ def _recorded(preset: str, section: str, notebook: str) -> list[str]:
 def _intact(preset: str, notebook: str, output: Path, stamp: dict[str, Any]) -> bool:
     """Whether everything that the notebook wrote is still there."""
     results = Results(preset)
-    figures = [results.path.parent / results.figures.get(name, {}).get("file", "missing") for name in stamp["figures"]]
-    return output.exists() and all(f.exists() for f in figures) and all(v in results.names for v in stamp["values"])
+    noted = set(stamp["values"]) <= set(results.names) and set(stamp["figures"]) <= results.figures.keys()
+    if not noted or not output.exists():
+        return False
+    files = [file for name in stamp["figures"] for file in files_of(results.figures[name])]
+    return all((results.path.parent / file).exists() for file in files)
 
 
 def expected_seconds(preset: str, notebook: str) -> float | None:
@@ -353,15 +356,16 @@ def _costs() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def write_costs(preset: str, done: list[Executed]) -> None:
-    """Notes what each executed notebook took, unless both are close to what is noted already.
+    """Notes what each notebook took when it was executed, unless both are close to what is noted already.
 
-    Of the default preset README.md's table says the same, and is written anew.
+    It may have been executed by an earlier run, without `--refresh`. Of the default preset README.md's table says the
+    same, and is written anew.
     """
     costs = _costs()
     for one in done:
         before = costs.setdefault(preset, {}).get(one.path.stem)
         now = {"seconds": max(1, round(one.seconds)), "gigabytes": round(one.gigabytes, 1)}
-        if not one.skipped and (before is None or any(abs(now[k] - before[k]) > 0.25 * before[k] for k in now)):
+        if before is None or any(abs(now[k] - before[k]) > 0.25 * before[k] for k in now):
             costs[preset][one.path.stem] = now
     write_json_atomic(COSTS, costs)
     if preset == "mini" and README.exists():

@@ -185,6 +185,11 @@ class Results:
         write_json_atomic(self.path, self.data)
 
 
+def files_of(figure: dict[str, Any]) -> list[str]:
+    """The files of a figure, beside results.json: its picture, a plot's vectors, a slider's numbers."""
+    return [figure[key] for key in ("file", "vector", "data") if key in figure]
+
+
 def current_provenance(preset: Preset) -> dict[str, Any]:
     """What a value measured now depends on: preset, base model, seed, device, versions, and content hashes."""
     return {

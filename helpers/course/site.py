@@ -1,5 +1,4 @@
-"""The course as a website that needs no network: `python -m helpers.course.site` builds it into build/site and checks
-it.
+"""The course as a website that needs no network: `python -m helpers.course.site` builds build/site and checks it.
 
 The pages are the committed notebooks with the outputs they have, the glossary, sections of README.md, the model card,
 and the teaching modules' docstrings. Sphinx builds them from build/site-source, where everything lies as in the
@@ -164,7 +163,8 @@ def fetch_runtime() -> None:
     Nothing is fetched when it is there already. Raises CourseError when npm is missing or cannot fetch it.
     """
     lock, kept = SOURCE / "package-lock.json", RUNTIME / "package-lock.json"
-    if kept.exists() and kept.read_bytes() == lock.read_bytes():
+    whole = all((RUNTIME / name).exists() for name in (*_RUNTIME_FILES, "runtime.json"))
+    if whole and kept.exists() and kept.read_bytes() == lock.read_bytes():
         return
     npm = shutil.which("npm")
     if npm is None:

@@ -85,9 +85,11 @@ def build_cache(
         with FileLock(locks / f"{folder.name}.lock"):  # one process at a time
             for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # left behind by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            with atomic_path(folder) as writing:
-                write_cache(components, dataset, writing, key, orders)
-        cache = read_cache(folder, key)
+            cache = read_cache(folder, key)  # the one before may have been at the same
+            if cache is None or len(cache) != len(dataset):
+                with atomic_path(folder) as writing:
+                    write_cache(components, dataset, writing, key, orders)
+                cache = read_cache(folder, key)
         if cache is None:
             raise DataError(f"the cache {folder.name} was written, and cannot be read back")
     return cache

@@ -23,4 +23,5 @@ def with_own_pictures(preset: Preset, everything: DatasetSpec, held_out: int) ->
         raise DataError(f"{name} has {len(captions)} pictures; --held-out {held_out} would leave none to train on")
     spec = replace(everything, train_rows=len(captions) - held_out, held_out_rows=held_out)
     prompts = preset.validation_prompts | {name: tuple(filter(None, dict.fromkeys(captions)))[:4]}
-    return replace(preset, datasets=Datasets((*preset.datasets, spec)), validation_prompts=prompts), name
+    datasets = Datasets((*preset.datasets, spec), preset.datasets.more)
+    return replace(preset, datasets=datasets, validation_prompts=prompts), name

@@ -27,7 +27,7 @@ def sampling_step() -> Picture:
     canvas.label(242, 190.5, "timestep *t*", ink="solid-ink")
     canvas.arrow((242, 176), (242, 150), colour="scheduler", width=2.4)
     canvas.arrow((242, 196), (242, 222), colour="scheduler", width=2.4)
-    canvas.box(404, 150, 136, 72, "guidance", "plain", f"without + *s* ·\n(with − without)\n*s* = {size.guidance:g}")
+    canvas.box(404, 150, 136, 72, "guidance", "plain", f"without + *w* ·\n(with − without)\n*w* = {size.guidance:g}")
     canvas.arrow((540, 186), (572, 186))
     canvas.box(572, 150, 108, 72, "scheduler", "scheduler", "one step less\nof noise")
     canvas.arrow((82, 216), (82, 372), (604, 372), (604, 222))
@@ -36,7 +36,7 @@ def sampling_step() -> Picture:
     return canvas.picture(
         "One step of sampling",
         "Noisy latents and the timestep go through the U-Net twice in one batch, with the prompt and with an empty one."
-        f" Guidance makes without + s (with - without) of the two predictions, s = {size.guidance:g}. From that and the"
+        f" Guidance makes without + w (with - without) of the two predictions, w = {size.guidance:g}. From that and the"
         f" latents the scheduler makes less noisy latents, with which the next of {size.steps} steps begins.",
     )
 

@@ -15,8 +15,8 @@ def guidance() -> Picture:
     canvas = Canvas("guidance", 366)
     origin, without, step = (64.0, 292.0), (140.0, 76.0), (390 / scale, 96 / scale)
 
-    def at(s: float) -> Point:
-        return without[0] + s * step[0], without[1] + s * step[1]
+    def at(w: float) -> Point:
+        return without[0] + w * step[0], without[1] + w * step[1]
 
     canvas.line(at(1), at(scale), dashed=True)
     canvas.arrow(without, at(1), width=2.4)
@@ -24,27 +24,27 @@ def guidance() -> Picture:
     canvas.arrow(origin, at(1), colour="text_encoder", width=3)
     canvas.arrow(origin, at(scale), colour="unet", width=3)
     canvas.dot(*origin)
-    for s in range(2, scale):
-        canvas.dot(*at(s), radius=4)
-        canvas.label(at(s)[0] + 4, at(s)[1] - 12, f"*s* = {s}", anchor="start")
+    for w in range(2, scale):
+        canvas.dot(*at(w), radius=4)
+        canvas.label(at(w)[0] + 4, at(w)[1] - 12, f"*w* = {w}", anchor="start")
     canvas.label(without[0], 42, "without the prompt", 14, anchor="start", bold=True)
-    canvas.label(without[0], 60, "*s* = 0", anchor="start")
+    canvas.label(without[0], 60, "*w* = 0", anchor="start")
     canvas.label(at(1)[0] + 14, at(1)[1] - 24, "with the prompt", 14, anchor="start", bold=True)
-    canvas.label(at(1)[0] + 14, at(1)[1] - 6, "*s* = 1", anchor="start")
+    canvas.label(at(1)[0] + 14, at(1)[1] - 6, "*w* = 1", anchor="start")
     canvas.label(at(scale)[0] + 12, at(scale)[1] + 2, "guided", 14, anchor="start", bold=True)
-    canvas.label(at(scale)[0] + 12, at(scale)[1] + 20, f"*s* = {scale}, as in the course", anchor="start")
+    canvas.label(at(scale)[0] + 12, at(scale)[1] + 20, f"*w* = {scale}, as in the course", anchor="start")
     canvas.rectangle(330, 236, 348, 72, "group-pale", "edge", r=10)
-    canvas.label(504, 266, "guided = without + *s* · (with − without)", 14, bold=True)
-    canvas.label(504, 290, "The larger *s*, the further along the dashed line.")
-    canvas.label(196, 178, "*s* times the step from without to with", anchor="start")
+    canvas.label(504, 266, "guided = without + *w* · (with − without)", 14, bold=True)
+    canvas.label(504, 290, "The larger *w*, the further along the dashed line.")
+    canvas.label(196, 178, "*w* times the step from without to with", anchor="start")
     numbers = math.prod(size.latent)
     canvas.label(64, 340, f"Each arrow is a prediction of the U-Net: {numbers:,} numbers, of which a plane can show two"
                  " directions.", anchor="start")  # fmt: skip
     return canvas.picture(
         "Classifier-free guidance",
         "Three arrows from one origin: the U-Net's prediction without the prompt, the one with the prompt, and the"
-        " guided one. Their tips lie on one line. guided = without + s (with - without): s = 0 is without, s = 1 with"
-        f" the prompt, and the course's s = {scale} lies {scale} times as far.",
+        " guided one. Their tips lie on one line. guided = without + w (with - without): w = 0 is without, w = 1 with"
+        f" the prompt, and the course's w = {scale} lies {scale} times as far.",
     )
 
 

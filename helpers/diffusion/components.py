@@ -211,14 +211,16 @@ def in_own_precision(components: Components) -> torch.autocast:
 def in_float32(module: nn.Module) -> Iterator[nn.Module]:
     """Within the block the module's weights are float32: half precision fits into it, so they return to the same bits.
 
-    A GPU's convolutions do not round what they read either (TF32 would keep 10 bits of it).
+    Each returns to a dtype of its own: in a half-precision model A and B of a LoRA are float32, and stay so. A GPU's
+    convolutions do not round what they read either (TF32 would keep 10 bits of it).
     """
-    dtype, of_cudnn = next(module.parameters()).dtype, torch.backends.cudnn.allow_tf32
+    dtypes, of_cudnn = [(p, p.dtype) for p in module.parameters()], torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield module.float()
     finally:
-        module.to(dtype)
+        for parameter, dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
         torch.backends.cudnn.allow_tf32 = of_cudnn
 
 

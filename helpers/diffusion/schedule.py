@@ -27,7 +27,7 @@ def alphas_cumprod(num_train_timesteps: int = 1000, beta_start: float = 0.00085,
         raise ValueError(f"betas need 0 < beta_start <= beta_end < 1, not {beta_start} and {beta_end}")
     # beta_t = (linear from sqrt(beta_start) to sqrt(beta_end))^2
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
-    # alpha_bar_t = product of (1 - beta_s) for s <= t
+    # alpha_bar_t = product of (1 - beta_i) for i <= t
     return torch.cumprod(1.0 - betas, dim=0)
 
 
@@ -38,22 +38,22 @@ def signal_and_noise(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor) ->
     """
     alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps]
     alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
-    signal, noise = alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
-    return signal.to(like.device, like.dtype), noise.to(like.device, like.dtype)
+    signal, noise_level = alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
+    return signal.to(like.device, like.dtype), noise_level.to(like.device, like.dtype)
 
 
 def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """The noised x_t, shaped as x0. Ho et al. 2020, equation 4 (reparameterised)."""
-    a, s = signal_and_noise(timesteps, alphas_cumprod, x0)
+    signal, noise_level = signal_and_noise(timesteps, alphas_cumprod, x0)
     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-    return a * x0 + s * noise
+    return signal * x0 + noise_level * noise
 
 
 def velocity(x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """The v target, shaped as x0. Salimans and Ho 2022, section 4 and appendix D."""
-    a, s = signal_and_noise(timesteps, alphas_cumprod, x0)
+    signal, noise_level = signal_and_noise(timesteps, alphas_cumprod, x0)
     # v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
-    return a * noise - s * x0
+    return signal * noise - noise_level * x0
 
 
 def diffusion_target(
@@ -77,13 +77,13 @@ def predicted_x0(
 
     Ho et al. 2020, equation 15 (epsilon); Salimans and Ho 2022, section 4 (v).
     """
-    a, s = signal_and_noise(timesteps, alphas_cumprod, x_t)
+    signal, noise_level = signal_and_noise(timesteps, alphas_cumprod, x_t)
     if prediction_type == "epsilon":
         # x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
-        return (x_t - s * output) / a
+        return (x_t - noise_level * output) / signal
     if prediction_type == "v_prediction":
         # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-        return a * x_t - s * output
+        return signal * x_t - noise_level * output
     raise unknown_prediction_type(prediction_type)
 
 
@@ -94,9 +94,9 @@ def predicted_noise(
     if prediction_type == "epsilon":
         return output
     if prediction_type == "v_prediction":
-        a, s = signal_and_noise(timesteps, alphas_cumprod, x_t)
+        signal, noise_level = signal_and_noise(timesteps, alphas_cumprod, x_t)
         # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
-        return a * output + s * x_t
+        return signal * output + noise_level * x_t
     raise unknown_prediction_type(prediction_type)
 
 
@@ -118,7 +118,7 @@ def loss_weights(
 
     Without snr_gamma every weight is one. With it (the paper takes 5), the implied loss on x_0 is weighted by
     min(SNR, gamma), so that nearly clean examples do not dominate. The divisor turns that weight into one on the
-    quantity the U-Net predicts: an error in x_0 is an error in eps times 1/SNR, in v times 1/(SNR + 1).
+    quantity the U-Net predicts: a squared error in x_0 is one in eps times 1/SNR, in v times 1/(SNR + 1).
     Such weights lie between 0 and 1, so they shrink the loss: on Stable Diffusion's schedule gamma 5 has the mean
     weight 0.92 for eps and 0.29 for v. With rescale they are divided by that mean, taken over all timesteps.
     """

@@ -1,9 +1,9 @@
 """Judging pictures by their features: one interface for MiniSD and for real Stable Diffusion.
 
 An encoder turns pictures into features, rows of length 1 that `helpers.evaluation.distances` compares, and says how
-well a picture
-fits its prompt. On the drawn world it is the classifier that ships with MiniSD; on photographs and real pictures it is
-CLIP. Numbers of two encoders are on different scales: never compare them, and name the encoder beside each.
+well a picture fits its prompt. On the drawn world it is the classifier that ships with MiniSD; on photographs and real
+pictures it is CLIP. Numbers of two encoders are on different scales: never compare them, and name the encoder beside
+each.
 """
 
 from __future__ import annotations

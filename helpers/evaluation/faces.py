@@ -22,7 +22,7 @@ from helpers.world.styles import parts_in
 
 GRID = 32  # cells a side of the map
 BLUR = 0.9  # cells: the spread of the mark around a part's middle
-FOUND = 0.5  # a peak at least this probable is a part
+FOUND = 0.4  # a peak at least this high is a part; a certain one has 0.73 to 1, by where in its cell it lies
 APART = 2  # cells: a weaker peak this near to a stronger one is the same part
 
 

@@ -1,9 +1,10 @@
 """A second pair of eyes: EfficientNet-Lite0, which learnt from photographs and has never seen the drawn world.
 
 The drawn world's classifier was trained on the renderer's pictures, so a model could please it by what no person sees.
-This network shares nothing with it: other weights, other pictures, another purpose. Where both agree, a finding does
-not hang on either. Its weights (4.7 million, top-1 75.1% on ImageNet) come as a Python package, so that it works
-offline. It knows no text: what a prompt asks for it can judge only through a probe (`helpers.evaluation.probe`).
+This network shares neither weights nor features with it, and it was trained for another purpose: where both agree, a
+finding does not hang on either's features. Its weights (4.7 million, top-1 75.1% on ImageNet) come as a Python package,
+so that it works offline. It knows no text: what a prompt asks for it can judge only through a probe
+(`helpers.evaluation.probe`).
 
 - Tan and Le 2019, EfficientNet, arXiv 1905.11946; "Lite" leaves out squeeze-and-excitation and uses ReLU6
 """

@@ -42,7 +42,7 @@ from helpers.world.scenes import (
 )
 
 # An attribute is scored only where a style shows it: no colours in one-ink styles, no background in a chalkboard, and
-# vintage paper fades blue and gray backgrounds to nearly the same tone.
+# vintage paper fades blue and gray backgrounds to nearly the same tone. Pixels and glass have no gradient backdrops.
 _ALWAYS = ("subject", "headwear", "eyewear", "neckwear", "expression", "prop")
 _COLORED = (*_ALWAYS, "headwear_color", "neckwear_color", "clothes_color", "prop_color", "background", "backdrop")
 SCORED: dict[str, tuple[str, ...]] = {style: _COLORED for style in STYLES} | {
@@ -50,6 +50,8 @@ SCORED: dict[str, tuple[str, ...]] = {style: _COLORED for style in STYLES} | {
     "blueprint": _ALWAYS,
     "chalkboard": _ALWAYS,
     "vintage": tuple(a for a in _COLORED if a != "background"),
+    "pixel": tuple(a for a in _COLORED if a != "backdrop"),
+    "stained_glass": tuple(a for a in _COLORED if a != "backdrop"),
 }
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95% interval
 
@@ -130,10 +132,13 @@ def judge(pictures: Sequence[Image.Image], classifier: nn.Module | None = None, 
 
 
 def asked(scene: Scene, attribute: str) -> bool:
-    """True unless the attribute is the colour of something that the scene does not have.
+    """True unless a prompt of the scene cannot say it: the colour of something that is not there, or a neutral face.
 
-    No hat is an answer too: a prompt without headwear asks for a bare head. But no hat has no colour to score.
+    No hat is an answer too: a prompt without headwear asks for a bare head. But no hat has no colour to score, and
+    captions without a word for the expression describe every face.
     """
+    if attribute == "expression":
+        return scene.expression in EXPRESSION_WORDS
     part = attribute.removesuffix("_color")
     return getattr(scene, part, "shown") != "none" if attribute.endswith("_color") else True
 

@@ -1,9 +1,8 @@
 """The second judge: what can be read off EfficientNet-Lite0's features by straight lines.
 
 The network (`helpers.evaluation.imagenet`) is frozen and was trained on photographs. On its features one linear layer
-for each
-attribute learns to name what is in a drawn picture: multinomial logistic regression, which has one optimum. It knows
-styles, subjects, headwear and neckwear; small glasses and colours it sees too badly to be asked.
+for each attribute learns to name what is in a drawn picture: multinomial logistic regression, which has one optimum. It
+knows styles, subjects, headwear and neckwear; small glasses and colours it sees too badly to be asked.
 
     python -m helpers.evaluation.probe        4 minutes on two cores: fit, measure on other pictures, write the weights
 """

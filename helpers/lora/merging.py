@@ -16,8 +16,7 @@ def scaled(model: nn.Module, s: float) -> Iterator[None]:
     """Within the block the adapter counts s times: 0 is the base model, 1 as trained, negative the other way.
 
     Only the adapter's part is multiplied: DoRA's magnitude stays as it was trained, so 0 is not quite its base model.
-    Blocks may be nested. Raises ValueError for a model without LoRA layers
-    or with merged ones.
+    Blocks may be nested. Raises ValueError for a model without LoRA layers or with merged ones.
     """
     layers = list(lora_layers(model).values())
     if not layers or any(layer.original_weight is not None for layer in layers):

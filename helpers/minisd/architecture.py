@@ -1,8 +1,8 @@
 """MiniSD's parts: Stable Diffusion's own classes, small enough to train on two CPU cores.
 
 The four modules have the structure of Stable Diffusion 2.1 (Rombach et al. 2022, arXiv 2112.10752): a KL-regularised
-autoencoder with scaling factor 0.18215, a U-Net with cross-attention at its upper levels and
-none at the lowest, a CLIP text encoder, and the scaled-linear noise schedule with v-prediction. Only the sizes differ.
+autoencoder with scaling factor 0.18215, a U-Net with cross-attention at its upper levels and none at the lowest, a CLIP
+text encoder, and the scaled-linear noise schedule with v-prediction. Only the sizes differ.
 """
 
 from __future__ import annotations

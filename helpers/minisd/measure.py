@@ -10,20 +10,29 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from helpers.base.files import write_json_atomic
 from helpers.base.provenance import versions
 from helpers.diffusion.components import Components, load_components
+from helpers.diffusion.pictures import to_pil
 from helpers.diffusion.sampling import generate
 from helpers.diffusion.weights import weights_fingerprint
-from helpers.evaluation.measures import SCORED, agreement, bootstrap, evaluation_scenes, judge, wilson
-from helpers.minisd.pool import draw_pool
+from helpers.evaluation.faces import faces, positions
+from helpers.evaluation.imagenet import ImageNetEncoder
+from helpers.evaluation.measures import SCORED, Measure, agreement, bootstrap, evaluation_scenes, judge, wilson
+from helpers.evaluation.sight import fidelity_to_drawings, seed_diversity, takes, through_vae
+from helpers.minisd.architecture import MINI
+from helpers.minisd.pool import Pool, draw_pool
 from helpers.minisd.pretrain import save_sheet
+from helpers.minisd.ruin import ruin
 from helpers.minisd.train_vae import psnr, reconstruct
+from helpers.presets.configuration import Preset
 from helpers.presets.variants import get_preset
 from helpers.world.captions import prompt
-from helpers.world.scenes import BASE_STYLES, STYLES, Scene
+from helpers.world.scenes import BASE_STYLES, STYLES, SUBJECTS, Scene
 
 HERE = Path(__file__).parent
 METRICS, CARD, TEMPLATE = HERE / "metrics.json", HERE / "README.md", HERE / "card.md"
@@ -51,9 +60,22 @@ def measure_judge(components: Components, size: int, count: int = 1800) -> dict:
         truth = {a: [getattr(s, a) for s in pool.scenes] for a in JUDGED[:2]} | {"style": pool.styles}
         right = {a: np.array(verdict.names[a]) == np.array(truth[a]) for a in JUDGED}
         out[name] = {a: row(wilson(int(r.sum()), count)) for a, r in right.items()}
+        out[name] |= {label: row(share) for label, share in seen_faces(pool, torch.as_tensor(pictures)).items()}
         styles = np.array(pool.styles)
         out[name]["per style"] = {s: {a: round(float(right[a][styles == s].mean()), 4) for a in JUDGED} for s in STYLES}
     return out
+
+
+def seen_faces(pool: Pool, pictures: Tensor) -> dict[str, Measure]:
+    """Shares of the pool's pictures, uint8 [N, S, S, 3], that are called whole: as they are, and one part ruined."""
+    x = pictures.permute(0, 3, 1, 2) / 255
+    parts = positions(pool.scenes, pool.styles)
+    ruined, left = ruin(x, parts, torch.Generator().manual_seed(0))
+    hit = torch.nonzero((left[..., 0] < 0).any(1)).flatten().tolist()
+    return {
+        "whole faces": faces(to_pil(x), pool.scenes),
+        "whole faces, one part ruined": faces(to_pil(ruined[hit]), [pool.scenes[i] for i in hit]),
+    }
 
 
 def measure_prompts(components: Components, count: int = 500) -> dict:
@@ -73,6 +95,26 @@ def measure_prompts(components: Components, count: int = 500) -> dict:
     out = {a: row(wilson(k, n)) for a, (k, n) in right.items()}
     hits = sum(a == b for a, b in zip(verdict.names["style"], styles, strict=True))
     return {**out, "style": row(wilson(hits, count)), "settings": settings}
+
+
+def measure_sight(components: Components, count: int = 200, prompts: int = 24) -> dict:
+    """What a classifier overlooks, in the base styles: nearness to drawings, whole faces, and variety over seeds.
+
+    Beside the whole faces stand those of drawn pictures after the VAE: the most that the judge could find.
+    """
+    encoder, out = ImageNetEncoder(), {}
+    settings = {"num_inference_steps": 25, "guidance_scale": get_preset("mini").guidance_scale}
+    scenes = evaluation_scenes(count, seed=6000)
+    for style in BASE_STYLES:
+        texts = [prompt(scene, style) for scene in scenes]
+        pictures = generate(components, texts, list(range(count)), **settings)
+        drawn = through_vae(components, takes(scenes, style, components.resolution, "faces"))
+        distance = fidelity_to_drawings(components, scenes, pictures, style, encoder)
+        out[f"{style}: distance from drawings, that of the VAE being 1"] = row(distance)
+        out[f"{style}: whole faces"] = row(faces(pictures, scenes))
+        out[f"{style}: whole faces, drawn and after the VAE"] = row(faces(drawn, scenes))
+    variety = seed_diversity(components, scenes[:prompts], None, encoder, **settings)
+    return out | {"variety over seeds, the renderer's being 1": row(variety)}
 
 
 def eye_scenes() -> list[Scene]:
@@ -137,7 +179,15 @@ def write_card(metrics: dict) -> None:
         f"**{name}**\n\n{table(metrics['judge'][name], ('attribute', 'accuracy'))}" for name in metrics["judge"]
     )
     eye = metrics["eye"] and table(metrics["eye"], ("attribute", "agreement"))
+    grid = MINI.picture // MINI.downsampling
+    pixels, latents = 3 * MINI.picture**2, MINI.latent_channels * grid**2
     values = {
+        "subjects": str(len(SUBJECTS)),
+        "channels": str(MINI.latent_channels),
+        "grid": str(grid),
+        "pixels": f"{pixels:,}",
+        "latents": f"{latents:,}",
+        "ratio": f"{pixels / latents:.0f}",
         "vae": table(metrics["vae"], ("style", "PSNR"), 1, " dB"),
         "prompts": table(metrics["prompts"], ("attribute", "agreement")),
         "judge": judge_tables,
@@ -151,6 +201,12 @@ def write_card(metrics: dict) -> None:
         "size": str(metrics["resolution"]),
     }
     CARD.write_text(TEMPLATE.read_text().format_map(values))
+
+
+def preset_of(folder: Path) -> Preset:
+    """MiniSD's preset for weights that lie elsewhere, such as the first generation's, at their own size of pictures."""
+    size = json.loads((folder / "vae" / "config.json").read_text())["sample_size"]
+    return get_preset("mini", model=str(folder.resolve()), resolution=size)
 
 
 def training_log(work: Path, note: str) -> list[dict]:
@@ -170,6 +226,7 @@ def main() -> None:
     p.add_argument("--sheet", action="store_true", help="only write the sheet of pictures to label by eye")
     p.add_argument("--card", action="store_true", help="only rewrite the card from metrics.json and the labels")
     p.add_argument("--prompts", type=int, default=500)
+    p.add_argument("--sight", type=Path, metavar="FOLDER", help="only print what is seen of the weights in a folder")
     p.add_argument("--work", type=Path, default=None, help="folder of the logs of a pretraining from random weights")
     p.add_argument("--went-on", metavar="NOTE", help="the pretraining in --work went on from the weights before it")
     args = p.parse_args()
@@ -179,6 +236,8 @@ def main() -> None:
         write_json_atomic(METRICS, metrics)
         return write_card(metrics)
     preset = get_preset("mini")
+    if args.sight:
+        return print(json.dumps(measure_sight(load_components(preset_of(args.sight))), indent=1))
     components = load_components(preset)
     if args.sheet:
         return save_sheet(eye_pictures(components), EYE_COLUMNS, EYE_SHEET, zoom=1)
@@ -192,6 +251,7 @@ def main() -> None:
         "resolution": preset.resolution,
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         "training": training,
+        "sight": measure_sight(components),
         "vae": measure_autoencoder(components, preset.resolution),
         "judge": measure_judge(components, preset.resolution),
         "prompts": measure_prompts(components, args.prompts),

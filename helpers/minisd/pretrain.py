@@ -12,7 +12,7 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from helpers.base.paths import runs_folder
@@ -142,6 +142,13 @@ def finished_parts(folder: Path, names: tuple[str, ...]) -> dict:
     return {name: getattr(pipe, name) for name in names}
 
 
+def check_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
+    """Raises SystemExit for an earlier generation's, on which judge and U-Net would be trained in vain."""
+    found, wanted = vae.config.latent_channels, architecture.MINI.latent_channels
+    if found != wanted:
+        raise SystemExit(f"the autoencoder in {folder} has {found} latent channels, not {wanted}; is --out right?")
+
+
 def main() -> None:
     """Run the stages asked for; finished earlier stages are loaded from --out."""
     args = arguments()
@@ -155,6 +162,7 @@ def main() -> None:
         parts |= finished_parts(args.out, ("tokenizer", "text_encoder", "vae", "unet"))
     elif "vae" not in stages:
         parts |= finished_parts(args.out, ("vae",))
+    check_autoencoder(parts["vae"], args.out)
     for name in ("vae", "unet", "text_encoder"):
         parts[name].to(args.device)
     work = {"vae": vae_stage, "unet": unet_stage, "classifier": classifier_stage}

@@ -110,7 +110,7 @@ def downsampling(vae: AutoencoderKL) -> int:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def encode(vae: AutoencoderKL, pictures, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Posterior mean and std [N, C, h, w] of uint8 pictures [N, H, W, 3], on the CPU, unscaled."""
     device = next(vae.parameters()).device
     parts = [vae.encode(pixels(b, device)).latent_dist for b in _batches(pictures, batch_size)]
@@ -118,12 +118,14 @@ def encode(vae: AutoencoderKL, pictures, batch_size: int = 256) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures, batch_size: int = 256) -> Tensor:
+def reconstruct(vae: AutoencoderKL, pictures, batch_size: int = 64) -> Tensor:
     """uint8 pictures [N, H, W, 3] through the autoencoder (posterior mean), as uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
-    out = [vae.decode(vae.encode(pixels(b, device)).latent_dist.mean).sample for b in _batches(pictures, batch_size)]
-    x = ((torch.cat(out) + 1) * 127.5).round().clamp(0, 255)
-    return x.permute(0, 2, 3, 1).to(torch.uint8).cpu()
+    parts = []
+    for batch in _batches(pictures, batch_size):  # bytes at once: thousands of pictures as floats are gigabytes
+        decoded = vae.decode(vae.encode(pixels(batch, device)).latent_dist.mean).sample
+        parts.append(((decoded + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu())
+    return torch.cat(parts)
 
 
 def _batches(pictures, batch_size: int):

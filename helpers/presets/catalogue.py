@@ -69,8 +69,7 @@ _HUB = Datasets(
         ),
     )
 )
-# What judges pictures of Stable Diffusion (see helpers.evaluation.encoders): repositories in order, and the download's
-# size.
+# What judges pictures of Stable Diffusion (see helpers.evaluation.encoders): repositories in order, GB to download.
 CLIP = (("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"),)
 CLIP_GB = 1.7
 EARLY = (15, 30, 60, 125)  # steps, each about twice the one before: the style is seen coming in

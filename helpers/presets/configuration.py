@@ -69,6 +69,8 @@ class TrainConfig:
             raise ValueError(f"early_validations are steps from 1, not {self.early_validations}")
         if self.learning_rate <= 0 or self.alpha <= 0 or self.lora_plus <= 0:
             raise ValueError("learning_rate, alpha and lora_plus must be positive")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ValueError(f"snr_gamma must be positive, or None, and is {self.snr_gamma}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError("ema_decay must lie in [0, 1)")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.lora_dropout < 1:

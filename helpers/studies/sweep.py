@@ -286,7 +286,7 @@ def write(study: Study, opened: optuna.Study) -> Path:
         "base": dict(study.base),
         "code": code_hash(study),
         "weights": provenance.folder_weights_hash(ROOT / MINISD)[:12],
-        "data": fingerprint(study.style, "train", 64)[:12],
+        "data": fingerprint(study.style, "train")[:12],
         "versions": provenance.versions(),
     }
     with atomic_path(study.file) as temporary:

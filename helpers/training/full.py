@@ -20,25 +20,28 @@ from helpers.training.steps import learning_rate, part_loss
 def full_fine_tuning(components: Components, cache: LatentCache, config: TrainConfig) -> Iterator[int]:
     """Train all weights of the U-Net in place, as `config` says; yields the number of updates after each of them.
 
-    Of the settings those of LoRA have no meaning here, and precision and accumulation are left out. Afterwards the
-    U-Net is in evaluation mode; between two updates it may be put there and need not be put back.
+    Of the settings those of LoRA have no meaning here, and precision and accumulation are left out. Afterwards,
+    also where the caller stops early, the U-Net is frozen and in evaluation mode. Between two updates it is in
+    evaluation mode too; whoever changes that need not put it back.
     """
     unet, device = components.unet.requires_grad_(True), components.device
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(
         parameters, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-    for step in range(config.steps):
-        unet.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        draw = draw_step(config, cache, step, len(components.noise_scheduler.alphas_cumprod)).to(device)
-        loss = part_loss(components, draw, config) / len(draw)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        unet.eval()
-        yield step + 1
-    unet.requires_grad_(False)
+    try:
+        for step in range(config.steps):
+            unet.train()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            draw = draw_step(config, cache, step, len(components.noise_scheduler.alphas_cumprod)).to(device)
+            loss = part_loss(components, draw, config) / len(draw)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            unet.eval()
+            yield step + 1
+    finally:
+        unet.eval().requires_grad_(False)

@@ -52,11 +52,19 @@ def check_latents(components: Components, cache: LatentCache) -> None:
         )
 
 
-def check_same_data(run: Run, hashes: dict[str, str]) -> None:
-    """Raises TrainingError unless base model and pictures are those that the run was trained with."""
+def check_same_run(run: Run, config: dict) -> None:
+    """Raises TrainingError unless base model, pictures and settings are those that the run was trained with.
+
+    config: of the run that is about to be trained, see `run_config`.
+    """
+    then = run.config
     for name, what in {"weights": "base model", "data": "dataset"}.items():
-        if run.config["hashes"][name] != hashes[name]:
+        if then["hashes"][name] != config["hashes"][name]:
             raise TrainingError(f"the {what} is not the one that the run {run.dir.name} was trained with")
+    # a setting that is newer than the run has its default, which changes nothing
+    other = [name for name, value in config["train"].items() if then["train"].get(name, value) != value]
+    if other:
+        raise TrainingError(f"the run {run.dir.name} was trained with other settings: {', '.join(other)}")
 
 
 @contextmanager

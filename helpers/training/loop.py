@@ -1,9 +1,8 @@
 """The training loop: LoRA fine-tuning of a latent diffusion model, resumed, validated and filed.
 
 The loop goes through the steps (see `helpers.training.steps`) in order. After some of them it draws pictures, after
-some it
-writes a checkpoint; what a step computes depends on neither. So a run that was killed and resumed, or validated more
-often, ends with the same bits as one that was not.
+some it writes a checkpoint; what a step computes depends on neither. So a run that was killed and resumed, or validated
+more often, ends with the same bits as one that was not.
 
 Several processes, on one machine or more, train one run when torchrun starts them: each computes a share of every
 batch, and the first of them writes. Nothing here knows how many there are but `accelerator`.
@@ -43,7 +42,7 @@ from helpers.presets.configuration import Preset, TrainConfig
 from helpers.presets.variants import get_preset
 from helpers.training.checkpoints import keep_checkpoints, load_last_checkpoint, read_checkpoint, save_checkpoint
 from helpers.training.draws import draw_step, steps_per_epoch
-from helpers.training.guards import check_latents, check_model, check_same_data, disk_errors, locked, memory_errors
+from helpers.training.guards import check_latents, check_model, check_same_run, disk_errors, locked, memory_errors
 from helpers.training.progress import Progress
 from helpers.training.runs import (
     ADAPTER_FILE,
@@ -335,9 +334,10 @@ def resume_from(
 ) -> Run:
     """Train a copy of a run from one of its checkpoints to the end, in the new folder `target`.
 
-    step: which checkpoint; by default the last one before the end. It shows that a finished run is what its settings
-    give: compare the adapters. Raises TrainingError when the run has no such checkpoint, when that is damaged, or when
-    the base model or the dataset has changed since.
+    step: which checkpoint; by default the last one before the end. preset: the run's own, where it was trained with
+    other settings than the preset of its name has. It shows that a finished run is what its settings give: compare the
+    adapters. Raises TrainingError when the run has no such checkpoint, when that is damaged, or when base model,
+    dataset or settings are not the run's.
     """
     preset = preset or get_preset(run.preset)
     earlier = [known for known in run.checkpoints() if known < preset.train.steps]
@@ -349,7 +349,7 @@ def resume_from(
         read_checkpoint(run, step)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TrainingError(f"the checkpoint of step {step} of {run.dir.name} is damaged: {error}") from error
-    check_same_data(run, run_config(preset, run.dataset, components)["hashes"])
+    check_same_run(run, run_config(preset, run.dataset, components))
     again = Run(Path(target), run.preset, run.dataset, run.key)
     loop = prepare(again, preset, components, device)
     with locked(again), disk_errors(again):
@@ -367,10 +367,10 @@ def replay(
 ) -> list[dict]:
     """Train the first `steps` steps of a run again, and return their metrics. Nothing is written but caches.
 
-    Raises TrainingError when the base model or the dataset is not the run's.
+    preset: as for `resume_from`. Raises TrainingError when base model, dataset or settings are not the run's.
     """
     preset = preset or get_preset(run.preset)
-    check_same_data(run, run_config(preset, run.dataset, components)["hashes"])
+    check_same_run(run, run_config(preset, run.dataset, components))
     loop = prepare(run, preset, components, device)
     with injected(loop.components, loop.config, loop.accelerator) as optimizer:
         return [loop.step(optimizer, step) for step in range(steps)]

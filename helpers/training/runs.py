@@ -209,7 +209,8 @@ def find_run(
 def newest_run(preset: Preset, dataset_name: str) -> Run | None:
     """The finished run on a dataset of that name that ended last, whatever its settings; None when there is none."""
     folders = (paths.runs_folder() / preset.name).glob(f"{dataset_name}-*")
-    done = [folder for folder in folders if is_finished(folder)]
+    # (one named my-cats is no run on my)
+    done = [folder for folder in folders if folder.name.rpartition("-")[0] == dataset_name and is_finished(folder)]
     if not done:
         return None
     last = max(done, key=lambda folder: (folder / "done.json").stat().st_mtime)

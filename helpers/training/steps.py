@@ -1,7 +1,7 @@
-"""One step of LoRA fine-tuning of a latent diffusion model: what it computes from what it draws (see
-`helpers.training.draws`).
+"""One step of LoRA fine-tuning of a latent diffusion model: what it computes from what it draws.
 
-One step, of a batch of pictures x with captions c (Rombach et al. 2022, arXiv 2112.10752, equation 3):
+What it draws is in `helpers.training.draws`. One step, of a batch of pictures x with captions c (Rombach et al. 2022,
+arXiv 2112.10752, equation 3):
 
     z   ~ q(z | x)                          the VAE's posterior: mean + std * noise, both cached
     t   ~ uniform(0, T),  eps ~ N(0, 1)     a timestep and a noise for each picture
@@ -246,8 +246,8 @@ def check_finite(loss: float, grad_norm: float, draw: StepDraw, step: int, accel
     unless the scale has no room left.
     """
     scaler = accelerator.scaler
-    scaled_down = scaler is not None and scaler.get_scale() > SMALLEST_SCALE
-    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled_down):
+    has_room = scaler is not None and scaler.get_scale() > SMALLEST_SCALE
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or has_room):
         raise TrainingError(
             f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}; timesteps "
             f"{draw.timesteps.tolist()}, rows {draw.indices.tolist()}. The last checkpoint is kept."

@@ -22,7 +22,7 @@ class WandB:
     """
 
     def start(self, folder: Path, title: str, config: dict) -> None:
-        """Begin a run of that title, in files under the folder unless WANDB_MODE is "online"."""
+        """Begin a run of that title, in files under the folder; with WANDB_MODE=online it is sent to W&B as well."""
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
         from accelerate.tracking import WandBTracker

@@ -10,7 +10,7 @@ import random
 from dataclasses import replace
 
 from helpers.world.faces import face
-from helpers.world.paths import CANVAS, Shape, box, ellipse, map_points, points, wobble
+from helpers.world.paths import CANVAS, Shape, along, box, ellipse, map_points, wobble
 from helpers.world.scenes import Scene
 from helpers.world.things import badge, balloon, body, eyewear, headwear, neckwear, prop
 
@@ -155,8 +155,8 @@ _EYES = {"eyes", "sockets"}
 
 
 def _center(path: str) -> tuple[float, float]:
-    """The middle of the box around a path's points."""
-    xs, ys = zip(*points(path), strict=True)
+    """The middle of the box around a path."""
+    xs, ys = zip(*along(path), strict=True)
     return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
 
 

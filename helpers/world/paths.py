@@ -10,11 +10,13 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from helpers.world.scenes import clash
 
 CANVAS = 128
 _PAIR = re.compile(r"(-?[\d.]+),(-?[\d.]+)")
+_COMMAND = re.compile(r"([MLCQ])([^MLCQZ]*)")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,24 @@ class Shape:
 def points(path: str) -> list[tuple[float, float]]:
     """The path's points, control points included."""
     return [(float(x), float(y)) for x, y in _PAIR.findall(path)]
+
+
+def along(path: str, steps: int = 8) -> list[tuple[float, float]]:
+    """Points on the path itself, `steps` on each line or curve: of a curve's control points only the ends lie on it."""
+    found: list[tuple[float, float]] = []
+    for command, rest in _COMMAND.findall(path):
+        given, size = points(rest), {"M": 1, "L": 1, "C": 3, "Q": 2}[command]
+        for i in range(0, len(given), size):
+            if command == "M":
+                found.append(given[i])
+                continue
+            corners = [found[-1], *given[i : i + size]]
+            for k in range(1, steps + 1):
+                row = corners
+                while len(row) > 1:  # de Casteljau: (1 - t) a + t b of each two neighbours, until one point is left
+                    row = [(a + (c - a) * k / steps, b + (d - b) * k / steps) for (a, b), (c, d) in pairwise(row)]
+                found += row
+    return found
 
 
 def map_points(path: str, move) -> str:

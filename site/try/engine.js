@@ -4,7 +4,12 @@
 export async function chosenEngine(search, gpu) {
   const asked = new URLSearchParams(search).get("engine");
   if (asked === "wasm" || asked === "webgpu") return asked;
-  const adapter = await gpu?.requestAdapter().catch(() => null);
+  let adapter = null;
+  try {
+    adapter = await gpu?.requestAdapter();
+  } catch {
+    // As good as none
+  }
   // Some browsers pretend a GPU, which is slower than WebAssembly
   const pretended = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter;
   return adapter && !pretended ? "webgpu" : "wasm";

@@ -90,7 +90,7 @@ class Page {
 
   hear(data) {
     if (data.progress) return this.arriving(data.progress);
-    if (data.loaded) return Object.assign(this, { threads: data.threads, engine: data.engine }).sayLoaded();
+    if (data.loaded) return Object.assign(this, { threads: data.threads, engine: data.engine, steps: 0 }).sayLoaded();
     if (data.draw !== this.request) return undefined; // of a picture that nobody waits for any more
     if (data.problem) return this.fail(data.problem);
     if (data.cancelled) return this.rest("Cancelled.");

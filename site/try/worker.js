@@ -2,10 +2,12 @@
 //
 // It is told {draw: id, jobs: [{name, settings}]} or {cancel: true}; a newer message ends what is being drawn.
 // It says {progress}, {loaded}, {name, step, pixels}, {name, pixels, done}, {finished, remark}, {cancelled} or {problem}.
+// A second {loaded} means that the GPU gave up, and that what is being drawn begins again with WebAssembly.
 
 import { Cancelled, Model } from "./model.js";
 
 let model = null;
+let engine = new URLSearchParams(self.location.search).get("engine");
 let latest = 0; // the id of the newest request
 let working = Promise.resolve();
 
@@ -29,6 +31,10 @@ async function answer({ draw, jobs }) {
     }
     self.postMessage({ draw, finished: true, remark: model.cut(jobs[0].settings.prompt) });
   } catch (error) {
+    if (engine === "webgpu" && !(error instanceof Cancelled || error instanceof NotArrived)) {
+      [model, engine] = [null, "wasm"];
+      return answer({ draw, jobs });
+    }
     self.postMessage(error instanceof Cancelled ? { draw, cancelled: true } : { draw, problem: error.message });
   }
 }
@@ -36,26 +42,29 @@ async function answer({ draw, jobs }) {
 /** The model on the engine that the page chose; where a GPU's driver refuses, WebAssembly still can. */
 async function load() {
   const runtimes = JSON.parse(new TextDecoder().decode(await read("ort/runtime.json")));
-  if (new URLSearchParams(self.location.search).get("engine") === "webgpu") {
-    const loaded = await loadOn("webgpu", runtimes).catch(() => null);
+  if (engine === "webgpu") {
+    const loaded = await loadOn(engine, runtimes).catch(() => null);
     if (loaded) return loaded;
   }
-  return loadOn("wasm", runtimes);
+  engine = "wasm";
+  return loadOn(engine, runtimes);
 }
 
-async function loadOn(engine, { version, ...runtimes }) {
-  const { module, binary, bytes } = runtimes[engine];
+async function loadOn(chosen, { version, ...runtimes }) {
+  const { module, binary, bytes } = runtimes[chosen];
   const manifest = JSON.parse(new TextDecoder().decode(await read("model/manifest.json")));
   const ort = await import(`./ort/${module}`);
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   ort.env.wasm.wasmBinary = await read(`ort/${binary}`, bytes, version);
   const file = (name) => read(`model/${name}`, manifest.files[name].bytes, manifest.files[name].hash);
-  const loaded = new Model(ort, manifest, file, [engine]);
+  const loaded = new Model(ort, manifest, file, [chosen]);
   await loaded.load();
   await loaded.encode(""); // whether it computes, too
-  self.postMessage({ loaded: true, engine, threads: ort.env.wasm.numThreads });
+  self.postMessage({ loaded: true, engine: chosen, threads: ort.env.wasm.numThreads });
   return loaded;
 }
+
+class NotArrived extends Error {}
 
 /** A file beside this one. size: its bytes, if they are known. version: so that a cache never gives an older one. */
 async function read(name, size = 0, version = "") {
@@ -63,7 +72,7 @@ async function read(name, size = 0, version = "") {
   const response = await fetch(address, version ? {} : { cache: "no-cache" }).catch(() => null);
   if (!response?.ok) {
     const why = response ? ` (${response.status})` : "";
-    throw new Error(`The file ${name} did not arrive${why}. Press Draw to try again.`);
+    throw new NotArrived(`The file ${name} did not arrive${why}. Press Draw to try again.`);
   }
   const parts = [];
   let bytes = 0;
@@ -76,7 +85,7 @@ async function read(name, size = 0, version = "") {
     if (size) self.postMessage({ progress: { name, bytes, size } });
   }
   if (size && bytes !== size) {
-    throw new Error(`The file ${name} arrived with ${bytes} of its ${size} bytes. Press Draw to try again.`);
+    throw new NotArrived(`The file ${name} arrived with ${bytes} of its ${size} bytes. Press Draw to try again.`);
   }
   return new Blob(parts).arrayBuffer();
 }

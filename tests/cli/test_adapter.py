@@ -285,6 +285,9 @@ def test_the_readme_s_commands_train_on_own_pictures_and_draw_with_the_adapter(t
 def test_the_newest_finished_run_counts_and_a_name_without_one_stays_a_path(tmp_path, monkeypatch, preset, finished):
     assert newest_run(preset, "own") == finished and newest_run(preset, "ow") is None
     assert find_adapter(preset, "nothing") == Path("nothing")
+    cats = shutil.copytree(finished.dir, finished.dir.with_name("own-cats-0123456789ab"))
+    os.utime(cats / "done.json", (2e9, 2e9))
+    assert newest_run(preset, "own") == finished and newest_run(preset, "own-cats").dir == cats
     newer = finished.dir.with_name("others-0123456789ab")
     shutil.copytree(finished.dir, newer)
     os.utime(newer / "done.json", (2e9, 2e9))

@@ -150,6 +150,46 @@ def test_a_report_that_does_not_compile_leaves_the_committed_files(course, monke
     assert "report.pdf" not in last_line(said)
 
 
+def test_a_refresh_removes_what_nothing_draws_any_more(course):
+    from helpers.course.results import Results
+
+    def entries(*names):
+        return {name: {"file": f"figures/{name}.png", "vector": f"figures/{name}.svg"} for name in names}
+
+    folder, before = course / "runs/mini", {"values": {}, "provenance": {}, "figures": entries("old", "both")}
+    for name in ("old", "both", "drawn_elsewhere"):
+        for suffix in ("png", "svg"):
+            (course / "figures").mkdir(exist_ok=True)
+            (course / f"figures/{name}.{suffix}").write_text("committed")
+    (course / "report").mkdir()
+    (course / "report/results.json").write_text(json.dumps(before))
+    (folder / "figures").mkdir(parents=True)
+    for suffix in ("png", "svg"):
+        (folder / f"figures/both.{suffix}").write_text("new")
+    (folder / "results.json").write_text(json.dumps(before | {"figures": entries("both")}))
+    run.publish(Results("mini"), [])
+    left = {path.name: path.read_text() for path in (course / "figures").iterdir()}
+    assert left == {"both.png": "new", "both.svg": "new"} | {
+        f"drawn_elsewhere.{suffix}": "committed" for suffix in ("png", "svg")
+    }
+
+
+def test_a_notebook_that_lost_any_file_of_a_figure_runs_again(course):
+    folder, figure_of = course / "runs/mini", {"file": "figures/a.webp", "data": "figures/a.json"}
+    (folder / "figures").mkdir(parents=True)
+    for file in (*figure_of.values(), "01.ipynb"):
+        (folder / file).touch()
+    (folder / "results.json").write_text(json.dumps({"values": {}, "provenance": {}, "figures": {"a": figure_of}}))
+    stamp = {"values": [], "figures": ["a"]}
+
+    def intact(stamp):
+        return notebooks._intact("mini", "01", folder / "01.ipynb", stamp)
+
+    assert intact(stamp) and not intact(stamp | {"values": ["x"]}) and not intact(stamp | {"figures": ["b"]})
+    (folder / "figures/a.json").unlink()
+    assert not intact(stamp)
+
+
 @pytest.mark.parametrize("more", [["--only", "01"], ["--preset", "smoke"], ["--set", "FROM_SCRATCH=True"]])
 def test_only_the_whole_course_of_the_default_preset_can_be_refreshed(course, capsys, more):
     assert cli.main(["run", "--refresh", *more]) == 1
@@ -239,7 +279,7 @@ def test_costs_change_only_when_they_differ_much(course):
     notebooks.write_costs("mini", [one(110, 1.1)])
     assert notebooks.expected_seconds("mini", "01_x") == 100 and noted()["gigabytes"] == 1.0
     notebooks.write_costs("mini", [one(200, skipped=True)])
-    assert notebooks.expected_seconds("mini", "01_x") == 100
+    assert notebooks.expected_seconds("mini", "01_x") == 200, "executed before --refresh was asked for"
     notebooks.write_costs("mini", [one(110, 2.0)])
     assert noted() == {"seconds": 110, "gigabytes": 2.0}
     notebooks.write_costs("smoke", [one(5)])
@@ -651,7 +691,7 @@ import os, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("GOMP_SPINCOUNT"))
             sys.exit()
 sys.meta_path.insert(0, Watch())
 import {module}
@@ -660,13 +700,15 @@ import torch
 
 
 def waiting(module, **said):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | said
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | said
     command = [sys.executable, "-c", WATCHED.format(module=module)]
     done = subprocess.run(command, cwd=notebooks.ROOT, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def test_threads_wait_asleep_unless_told_otherwise():
+def test_threads_soon_wait_asleep_unless_told_otherwise():
     """Under the command, and in a notebook's first cell."""
-    assert waiting("json") == "None" and waiting("helpers.cli") == waiting("helpers.course") == "passive"
-    assert waiting("helpers.cli", OMP_WAIT_POLICY="active") == "active"
+    assert waiting("json") == "None" and waiting("helpers.cli") == waiting("helpers.course") == "2000"
+    assert waiting("helpers.cli", GOMP_SPINCOUNT="7") == "7"
+    assert waiting("helpers.cli", OMP_WAIT_POLICY="active") == "None"

@@ -45,8 +45,9 @@ def test_a_long_evolution_is_thinned_out_and_keeps_its_ends(tmp_path):
     assert len(row) == ending.COLUMNS and row[0] == (0, 0, 0) and row[-1] == (9 * 19, 0, 0)
 
 
-def test_one_validation_is_no_evolution(tmp_path):
+def test_one_validation_is_no_evolution_and_neither_is_one_without_prompts(tmp_path):
     assert ending.leave_pictures(run_with(tmp_path / "run", (RED,))) == {}
+    assert ending.leave_pictures(run_with(tmp_path / "no prompts", (), ())) == {}
 
 
 @pytest.mark.parametrize(("source", "written"), [("trained now", True), ("found in runs", True), ("reference", False)])
@@ -56,14 +57,35 @@ def test_the_repositorys_own_runs_are_left_alone(tmp_path, capsys, source, writt
     assert ("before and after: " in capsys.readouterr().out) is written
 
 
-def test_commands_name_preset_dataset_and_a_prompt(tmp_path):
-    preset = get_preset("sd15")
+def test_commands_name_preset_dataset_and_a_prompt(tmp_path, monkeypatch):
+    preset, run = get_preset("sd15"), run_with(tmp_path / "run", preset="sd15")
     preset = replace(preset, validation_prompts={"mine": ('a "red"\n$cat',)})
-    said = "\n".join(ending.ways_to_use(preset, run_with(tmp_path / "run", preset="sd15")))
+    monkeypatch.setattr(ending, "find_adapter", lambda preset, name: run.adapter)
+    said = "\n".join(ending.ways_to_use(preset, run))
     assert """course sample --preset sd15 --prompt 'a "red" $cat' --adapter mine""" in said
     assert "from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')" in said
     assert "course adapter convert --preset sd15 mine mine.safetensors" in said
     assert "ComfyUI/models/loras" in said and "stable-diffusion-webui/models/Lora" in said
+
+
+def test_a_run_that_the_datasets_name_does_not_stand_for_is_named_by_its_file(tmp_path, monkeypatch):
+    """`--adapter doodles` is the run with the preset's own settings; this one has others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs"))
+    run = replace(run_with(tmp_path / "doodles run"), dataset="doodles")
+    said = "\n".join(ending.ways_to_use(get_preset("mini"), run))
+    assert "--adapter 'doodles run/adapter/pytorch_lora_weights.safetensors'" in said
+    [reference] = (ROOT / "helpers/minisd/reference").glob("doodles-*")
+    monkeypatch.setattr(ending, "find_adapter", lambda preset, name: replace(run, dir=reference).adapter)
+    assert "--adapter doodles" in "\n".join(ending.ways_to_use(get_preset("mini"), replace(run, dir=reference)))
+
+
+def test_paths_for_diffusers_hold_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run(ROOT / "runs/mini/mine-key", "mini", "mine", "key")
+    monkeypatch.setattr(ending, "find_adapter", lambda preset, name: run.adapter)
+    said = "\n".join(ending.ways_to_use(get_preset("mini"), run))
+    assert repr(str(ROOT / get_preset("mini").model)) in said and repr(str(run.adapter.parent)) in said
 
 
 def test_the_lines_for_diffusers_run(monkeypatch):

@@ -1,5 +1,6 @@
-"""The website: its checks can fail, and every notebook has a page. (Sphinx builds all of it in `make site`, here a
-page with sliders.)
+"""The website: its checks can fail, and every notebook has a page.
+
+Sphinx builds all of it in `make site`, and here a page with sliders.
 """
 
 import json
@@ -251,6 +252,9 @@ def test_the_runtime_is_fetched_once(runtime, tmp_path):
     (site.RUNTIME / "package-lock.json").write_text("of another version")
     site.fetch_runtime()
     assert len(runtime) == 3
+    (site.RUNTIME / "ort.webgpu.min.mjs").unlink()  # an older version of the course fetched fewer files
+    site.fetch_runtime()
+    assert len(runtime) == 4 and (site.RUNTIME / "ort.webgpu.min.mjs").exists()
 
 
 def test_without_node_or_onnx_it_is_said(runtime, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """The cache of latents and text embeddings: what is in it, when it is used, and when it is computed again."""
 
+import shutil
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,19 @@ def test_second_call_reads_the_file(tiny, dataset, tmp_path, monkeypatch):
     first = build_cache(tiny, dataset, tmp_path, "key")
     monkeypatch.setattr(caches, "compute_cache", lambda *_: pytest.fail("computed again"))
     assert equal(build_cache(tiny, dataset, tmp_path, "key"), first)
+
+
+def test_what_another_process_wrote_in_the_meantime_is_read(tiny, dataset, tmp_path, monkeypatch):
+    first = build_cache(tiny, dataset, tmp_path / "theirs", "key")
+
+    @contextmanager
+    def waited_for(_):
+        shutil.copytree(tmp_path / "theirs", tmp_path / "ours")
+        yield
+
+    monkeypatch.setattr(caches, "FileLock", waited_for)
+    monkeypatch.setattr(caches, "compute_cache", lambda *_: pytest.fail("computed again"))
+    assert equal(build_cache(tiny, dataset, tmp_path / "ours", "key"), first)
 
 
 def damage(path, how):

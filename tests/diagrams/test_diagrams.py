@@ -158,7 +158,7 @@ OTHER = sizes.Sizes(
 )
 
 
-# Numbers that no size changes, besides the 0 of x_0, the layers' names and the blocks in the middle: values of s on the
+# Numbers that no size changes, besides the 0 of x_0, the layers' names and the blocks in the middle: values of w on the
 # way to the course's, channels that a sheet stands for, and an image's colours.
 KEPT = {"guidance": {3, 4}, "unet": {48}, "stable_diffusion": {3}}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import lora
 from helpers.diffusion import components as c
 from helpers.diffusion import pictures as convert
 from helpers.diffusion import text
@@ -199,6 +200,17 @@ def test_the_pipeline_shares_the_modules(tiny, capfd):
     assert pipeline.unet is tiny.unet and pipeline.vae is tiny.vae and pipeline.text_encoder is tiny.text_encoder
     assert pipeline.safety_checker is None
     assert (pipeline.scheduler.config.set_alpha_to_one, pipeline.scheduler.config.steps_offset) == (False, 1)
+
+
+def test_in_float32_and_back_each_weight_has_its_own_bits(tiny):
+    unet = tiny.unet.bfloat16()
+    lora.inject(unet, ["to_q"], 2, 2.0)
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    assert {p.dtype for p in before.values()} == {torch.bfloat16, torch.float32}
+    with c.in_float32(unet):
+        assert {p.dtype for p in unet.parameters()} == {torch.float32}
+    after = dict(unet.named_parameters())
+    assert all(after[name].dtype == p.dtype and torch.equal(after[name], p) for name, p in before.items())
 
 
 def test_the_saved_folder_is_what_plain_diffusers_reads(folder):

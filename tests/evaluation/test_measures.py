@@ -140,6 +140,8 @@ def test_asked():
     scene = replace(evaluation_scenes(1)[0], headwear="none", neckwear="tie", neckwear_color="red")
     assert asked(scene, "subject") and asked(scene, "headwear") and asked(scene, "clothes_color")
     assert asked(scene, "neckwear_color") and not asked(scene, "headwear_color")
+    assert asked(replace(scene, expression="frown"), "expression")
+    assert not asked(replace(scene, expression="neutral"), "expression")
 
 
 # --- what a prompt names --------------------------------------------------------------------------------------------

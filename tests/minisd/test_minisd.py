@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +20,16 @@ from helpers.evaluation.classifier import HEADS, Classifier, labels, load_classi
 from helpers.minisd import architecture
 from helpers.minisd.architecture import SCALING_FACTOR, TINY
 from helpers.minisd.budget import Budget, Ema
-from helpers.minisd.measure import CARD, METRICS, table, training_log
+from helpers.minisd.measure import CARD, METRICS, measure_sight, preset_of, table, training_log
 from helpers.minisd.pool import draw_pool
-from helpers.minisd.pretrain import finished_parts
+from helpers.minisd.pretrain import check_autoencoder, finished_parts
 from helpers.minisd.train_judge import loss_of, visible
 from helpers.minisd.train_unet import CAPTION_DROPOUT, draw_batch, draw_timesteps, latent_pool
 from helpers.minisd.train_vae import CROP, NOISE, crops, encode, fold_statistics, psnr, reconstruct
 from helpers.presets.variants import get_preset
 from helpers.world.captions import vocabulary_corpus
 from helpers.world.scenes import HELD_OUT_PAIRS
+from tests.tiny import tiny_minisd
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,38 @@ def test_finished_parts_come_back(parts, tmp_path):
     assert not [f for f in (tmp_path / "once more").rglob("*.json") if str(tmp_path) in f.read_text()]
     assert set(again) == {"vae", "tokenizer"}
     assert torch.equal(again["vae"].quant_conv.weight, parts["vae"].quant_conv.weight.half().float())
+
+
+def test_an_earlier_generation_s_autoencoder_is_refused(parts, tmp_path):
+    check_autoencoder(parts["vae"], tmp_path)
+    with pytest.raises(SystemExit, match="4 latent channels, not 10"):
+        check_autoencoder(architecture.build_vae(replace(TINY, latent_channels=4)), tmp_path)
+
+
+def test_reconstructing_keeps_no_picture_as_floats(parts, pool, monkeypatch):
+    """Eighteen thousand pictures of 128 pixels are 3.5 GB as floats, and that several times over."""
+    joined = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda found, *rest: joined.append(found[0].dtype) or cat(found, *rest))
+    decoded = reconstruct(parts["vae"], pool.pictures, 5)
+    assert joined and set(joined) == {torch.uint8}
+    monkeypatch.undo()
+    apart = [reconstruct(parts["vae"], pool.pictures[k : k + 1]) for k in range(len(pool))]
+    assert (decoded.int() - torch.cat(apart).int()).abs().max() <= 1 and decoded.shape == pool.pictures.shape
+
+
+def test_sight_is_measured_of_any_components(monkeypatch):
+    monkeypatch.setattr("helpers.evaluation.faces.load_classifier", lambda: Classifier().eval())
+    monkeypatch.setitem(measure_sight.__globals__, "get_preset", lambda _: SimpleNamespace(guidance_scale=1.0))
+    found = measure_sight(tiny_minisd(), count=6, prompts=2)
+    assert len(found) == 10 and all(m["n"] in (2, 6) for m in found.values())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_weights_elsewhere_are_loaded_at_their_own_size(parts, tmp_path):
+    architecture.save(parts, tmp_path / "weights")
+    components = load_components(preset_of(tmp_path / "weights"), "cpu")
+    assert components.resolution == TINY.picture and components.is_minisd
 
 
 def test_psnr():

@@ -220,6 +220,7 @@ REAL, PRETENDED, OLD = {"info": {"isFallbackAdapter": False}}, {"info": {"isFall
         ("", {"isFallbackAdapter": True}, "wasm"),
         ("", None, "wasm"),
         ("", "refuses", "wasm"),
+        ("", "breaks", "wasm"),
         ("", "no WebGPU", "wasm"),
         ("?engine=wasm", REAL, "wasm"),
         ("?engine=webgpu", None, "webgpu"),
@@ -229,10 +230,71 @@ REAL, PRETENDED, OLD = {"info": {"isFallbackAdapter": False}}, {"info": {"isFall
 def test_a_gpu_computes_where_there_is_a_real_one(search, adapter, engine):
     code = """
         const [search, adapter] = given;
-        const ask = () => (adapter === "refuses" ? Promise.reject(new Error("no")) : Promise.resolve(adapter));
+        const ask = () => {
+            if (adapter === "breaks") throw new Error("no");
+            return adapter === "refuses" ? Promise.reject(new Error("no")) : Promise.resolve(adapter);
+        };
         return chosenEngine(search, adapter === "no WebGPU" ? undefined : { requestAdapter: ask });
     """
     assert javascript(code, [search, adapter], "chosenEngine from engine.js") == engine
+
+
+# In the place of model.js: a GPU that gives up at some point, and what was asked of it
+MODEL = """
+    export class Cancelled extends Error {}
+    export class Model {
+      constructor(ort, manifest, read, [engine]) { Object.assign(this, { read, engine }); }
+      at(point) { if (this.engine === "webgpu" && globalThis.givesUp === point) throw new Error("the device is lost"); }
+      async load() { this.at("load"); }
+      async encode() { this.at("encode"); }
+      cut() { return ""; }
+      async draw(settings, onStep) {
+        if (globalThis.givesUp === "file") await this.read("gone");
+        await onStep(1, null);
+        this.at("draw");
+        return this.engine;
+      }
+    }
+"""
+WORK = """
+    const said = [];
+    globalThis.givesUp = given.givesUp;
+    globalThis.self = { location: { search: `?engine=${given.engine}` }, postMessage: (data) => said.push(data) };
+    globalThis.fetch = async (address) => new Response(readFileSync(new URL(address).pathname));
+    await import(given.worker);
+    self.onmessage({ data: { draw: 1, jobs: [{ name: "after", settings: {} }] } });
+    while (!said.some((data) => data.finished || data.problem)) await new Promise((resolve) => setTimeout(resolve, 5));
+    return said.filter((data) => !data.progress);
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "gives_up", "loaded", "drawn"),
+    [
+        ("webgpu", "never", ["webgpu"], "webgpu"),
+        ("webgpu", "load", ["wasm"], "wasm"),
+        ("webgpu", "encode", ["wasm"], "wasm"),
+        ("webgpu", "draw", ["webgpu", "wasm"], "wasm"),
+        ("wasm", "never", ["wasm"], "wasm"),
+        ("webgpu", "file", ["webgpu"], None),
+    ],
+)
+def test_where_the_gpu_gives_up_webassembly_draws(tmp_path, engine, gives_up, loaded, drawn):
+    shutil.copy(PAGE / "worker.js", tmp_path / "worker.mjs")
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "model.js").write_text(MODEL)
+    (tmp_path / "ort").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "ort" / "x.mjs").write_text("export const env = { wasm: {} };")
+    (tmp_path / "ort" / "x.wasm").write_text("1234")
+    facts = {"module": "x.mjs", "binary": "x.wasm", "bytes": 4}
+    (tmp_path / "ort" / "runtime.json").write_text(json.dumps({"version": "1", "wasm": facts, "webgpu": facts}))
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps({"files": {"gone": {"bytes": 1, "hash": "x"}}}))
+    given = {"worker": (tmp_path / "worker.mjs").as_uri(), "engine": engine, "givesUp": gives_up}
+    said = javascript(WORK, given)
+    assert [data["engine"] for data in said if data.get("loaded")] == loaded
+    assert [data["pixels"] for data in said if data.get("done")] == ([drawn] if drawn else [])
+    assert drawn or "model/gone did not arrive" in said[-1]["problem"]
 
 
 # ------------------------------------------------------------------------------------------------ whole pictures

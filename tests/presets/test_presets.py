@@ -36,7 +36,7 @@ def test_overrides_reach_the_preset_and_its_training():
 
 @pytest.mark.parametrize(
     "bad", [{"steps": 0}, {"rank": 0}, {"learning_rate": 0.0}, {"caption_dropout": 1.5}, {"lora_dropout": 1.0},
-            {"lr_schedule": "step"}]
+            {"lr_schedule": "step"}, {"snr_gamma": 0.0}]
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -72,6 +72,12 @@ def test_every_place_that_the_page_names_is_there():
     assert len(named) > 20 and {place for place in named if not (ROOT / place).exists()} == set()
 
 
+def test_every_heading_that_the_page_names_is_there():
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "site" / "using.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r'`site/using\.md`: .*under "([^"]+)"', PAGE.read_text(encoding="utf-8"))
+    assert len(named) >= 2 and set(named) <= set(headings)
+
+
 def test_rooms_are_few_and_small():
     entries = {path.name for path in HELPERS.iterdir()} - {"__init__.py", "__pycache__"}
     assert entries == set(ROOMS) and len(ROOMS) <= 15

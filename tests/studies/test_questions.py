@@ -39,7 +39,7 @@ def test_a_kept_study_was_asked_what_is_asked_today(name):
     assert found["measured_at"] == list(study.measured_at) and found["prompts"] == study.prompts
     assert found["question"] == study.question and found["style"] == study.style
     assert found["weights"] == provenance.folder_weights_hash(ROOT / MINISD)[:12]
-    assert found["data"] == fingerprint(study.style, "train", 64)[:12]
+    assert found["data"] == fingerprint(study.style, "train")[:12]
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -63,6 +63,13 @@ def test_it_ends_frozen_and_in_evaluation_mode(tiny, latents):
         assert not any(module.training for module in part.modules())
 
 
+def test_stopped_early_it_is_frozen_too(tiny, latents):
+    for _ in full_fine_tuning(tiny, latents, CONFIG):
+        tiny.unet.train()
+        break
+    assert not any(p.requires_grad for p in tiny.unet.parameters()) and not tiny.unet.training
+
+
 def test_the_first_update_is_adamw_on_a_plain_loss(tiny, latents):
     """The gradient of the loss by hand, clipped, through an optimizer of its own: the same weights after a step."""
     config = dataclasses.replace(CONFIG, steps=1, weight_decay=0.0, max_grad_norm=0.5)

@@ -62,6 +62,14 @@ def test_a_reference_run_resumes_and_replays(preset, tiny, world, whole):
     assert reference.metrics() == run.metrics(), "resuming and replaying write nothing into the reference"
 
 
+def test_with_other_settings_nothing_resumes_or_replays(whole, tiny, world, pictures):
+    other = make_preset(pictures, rank=3, seed=1)
+    for call in (lambda: resume_from(whole, world / "again", other, tiny), lambda: replay(whole, 1, other, tiny)):
+        with pytest.raises(TrainingError, match="was trained with other settings: rank, seed"):
+            call()
+    assert not (world / "again").exists()
+
+
 def test_only_finished_runs_become_references(finished):
     (finished.dir / "done.json").unlink()
     with pytest.raises(TrainingError, match="not finished"):

@@ -12,7 +12,7 @@ import pytest
 from helpers.world.captions import prompt
 from helpers.world.drawing import face_parts, shapes_of
 from helpers.world.paint import tint
-from helpers.world.paths import CANVAS, ellipse, map_points, mirror, wobble
+from helpers.world.paths import CANVAS, along, ellipse, map_points, mirror, wobble
 from helpers.world.scenes import (
     BACKDROPS,
     BADGES,
@@ -215,6 +215,19 @@ def test_face_parts_lie_on_their_own_ink():
         head = next(s for s in shapes_of(scene) if s.role == "head")
         for u, v in ((x0, y0), (x1, y1)):
             assert np.abs(picture[round(v), round(u)] - tint(head)).max() > 15, scene
+
+
+def test_a_mouth_s_middle_is_of_its_curve_and_not_of_the_curve_s_control_points():
+    # Q64,86 pulls the lower lip to 78 = (70 + 2 * 86 + 70) / 4 and not to 86
+    assert along("M55,70 Q64,86 73,70")[0] == (55, 70) and max(y for _, y in along("M55,70 Q64,86 73,70")) == 78
+    for expression in ("smile", "surprise"):  # filled: the middle is ink in every pose
+        for scene in scenes(20, seed=9):
+            if scene.subject in ("dog", "rabbit", "robot", "skeleton"):  # a tongue, teeth or a grille lie there
+                continue
+            scene = replace(scene, expression=expression, prop="none")
+            (_, x, y), paint = face_parts(scene)[-1], next(s for s in shapes_of(scene) if s.role == "mouth")
+            picture = np.asarray(render(scene, "flat", 256), dtype=np.float32)
+            assert np.abs(picture[round(2 * y), round(2 * x)] - tint(paint)).max() < 8, scene
 
 
 def test_another_take_is_the_same_portrait_in_another_pose():
