@@ -3,7 +3,7 @@
 FOLDER holds the pipeline (`warm_start`). It gets the latents of this sitting's own pictures, drawn once, another seed
 each sitting; a checkpoint and newer weights every five minutes; and sheets. Kill it when time is up; then
 `python -m second_generation.keep FOLDER/pipeline`.
-Where others compute beside it, set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=20000.
+Set OMP_WAIT_POLICY=active where nothing else computes.
 """
 
 import argparse

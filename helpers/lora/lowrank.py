@@ -133,7 +133,7 @@ def compose(adapters: Sequence[tuple[Mapping[str, LoRAWeights], float]]) -> dict
             raise ValueError(f"{name!r} is a DoRA layer: its magnitude can be neither weighted nor added")
         if len({(part.A.shape[1:], part.B.shape[:1]) for part, _ in parts}) > 1:
             raise ValueError(f"{name!r} has another shape in each adapter: they are for different base models")
-        # [w1 s1 B1, w2 s2 B2] [A1; A2] = w1 s1 B1 A1 + w2 s2 B2 A2
+        # [s1 f1 B1, s2 f2 B2] [A1; A2] = s1 f1 B1 A1 + s2 f2 B2 A2, with f = alpha / r
         A = torch.cat([part.A for part, _ in parts])
         B = torch.cat([part.B * (part.scaling * weight) for part, weight in parts], dim=1)
         composed[name] = LoRAWeights(A, B, alpha=len(A))
