@@ -80,10 +80,11 @@ def crops(pictures, batch_size: int, g: torch.Generator, device, step: int = 8) 
 
 
 def train_vae(vae: AutoencoderKL, pictures, budget: Budget, batch_size: int = 16, learning_rate: float = 8e-4) -> Ema:
-    """Train in place on uint8 pictures [N, H, W, 3] until the budget ends; returns the averaged weights."""
+    """Train what requires a gradient, in place on uint8 pictures [N, H, W, 3] until the budget ends; the average."""
     device = next(vae.parameters()).device
     vae.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     ema = Ema({"vae": vae}, decay=0.998)
     budget.resume({"vae": vae}, optimizer, ema)
     shape = (batch_size, vae.config.latent_channels, *[CROP // downsampling(vae)] * 2)
