@@ -475,8 +475,9 @@ def test_the_measures_are_the_right_way_up():
 def test_the_time_of_the_homework():
     preset = get_preset("sd21-base")
     # 1000 doodles by 8 are 125 steps an epoch: validations at 0, 250 … 750 and 1000. 685 vintage pictures are 86: at
-    # 0, 172 … 860 and 1000. Four prompts each; four seeds in figures 3 to 5, two adapters' pictures in 8 and 9
-    assert bench.homework_pictures(preset) == (5 + 7) * 4 + 3 * 4 * 4 + 2 * 4 * 2
+    # 0, 172 … 860 and 1000, and both at 15, 30, 60 and 125 besides. Four prompts each; four seeds in figures 3
+    # to 5, two adapters' pictures in 8 and 9
+    assert bench.homework_pictures(preset) == (9 + 11) * 4 + 3 * 4 * 4 + 2 * 4 * 2
     rung = {"kind": "rung", "training": {"step_seconds": 0.5}, "validation": {"seconds": 6.0, "pictures": 4}}
     points = {
         "encoding": {"kind": "encoding", "seconds_per_picture": 0.1},
@@ -484,8 +485,8 @@ def test_the_time_of_the_homework():
         plan.BASE: trained(4, 1),
     }
     assert bench.homework(preset, points) == {
-        "memory 8gb": {"caches": pytest.approx(168.5), "training": 1000.0, "pictures": 112 * 1.5,
-                       "whole": pytest.approx(168.5 + 1000 + 168)},
+        "memory 8gb": {"caches": pytest.approx(168.5), "training": 1000.0, "pictures": 144 * 1.5,
+                       "whole": pytest.approx(168.5 + 1000 + 216)},
     }  # fmt: skip
     assert bench.homework(preset, {"memory 8gb": rung}) == {}  # without the caches it would not be the whole
 

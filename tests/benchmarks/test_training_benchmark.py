@@ -122,7 +122,9 @@ def test_only_the_stock_loop_asks_the_vae_and_the_text_encoder(tiny_loops, monke
 
 def test_smaller_batches_are_left_out(tmp_path, monkeypatch):
     components, sizes = pair.load_model("tiny", CPU), []
-    monkeypatch.setattr(training, "training_step", lambda c, o, draw, *_: sizes.append(len(draw)) or {"loss": 1.0})
+    monkeypatch.setattr(
+        training, "training_step", lambda c, o, draw, *_: sizes.append(len(draw)) or {"loss": 1.0, "grad_norm": 1.0}
+    )
     for rows in (5, 6):
         cache = pair.random_cache(components, rows, 0)
         with loops.course_loop(TINY, cache, tmp_path, components) as course:

@@ -301,11 +301,11 @@ def test_content_shares_of_known_answers():
         headwear_color={0: "red", 3: "none"},
         background={3: "pink"},
     )
-    # doodles show 8 attributes; a bare head has no hat's colour, and none has a neckwear's: 6, and 7 with a hat
-    assert content_shares(scenes, verdict, "doodles") == pytest.approx([1, 1, 5 / 6, 4 / 7])
+    # of doodles' attributes a bare head has no hat's colour, none has a neckwear's, and no face a mood
+    assert content_shares(scenes, verdict, "doodles") == pytest.approx([1, 1, 7 / 8, 6 / 9])
     # vintage shows no background, a sketch no colours
-    assert content_shares(scenes, verdict, "vintage") == pytest.approx([1, 1, 4 / 5, 4 / 6])
-    assert content_shares(scenes, verdict, "sketch") == pytest.approx([1, 1, 3 / 4, 3 / 4])
+    assert content_shares(scenes, verdict, "vintage") == pytest.approx([1, 1, 6 / 7, 6 / 8])
+    assert content_shares(scenes, verdict, "sketch") == pytest.approx([1, 1, 4 / 5, 4 / 5])
 
 
 def test_content_shares_count_what_the_judge_knows_alone():

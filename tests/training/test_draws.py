@@ -33,7 +33,7 @@ def test_a_draw_does_not_depend_on_the_memory_layout_of_the_cache(latents):
     )
     a, b = draw_step(config, latents, 7), draw_step(config, other, 7)
     assert torch.equal(a.latents, b.latents)
-    assert a.latents.stride() == b.latents.stride() == a.noise.stride() == b.noise.stride() == (64, 16, 4, 1)
+    assert a.latents.stride() == b.latents.stride() == a.noise.stride() == b.noise.stride() == (160, 16, 4, 1)
 
 
 def test_purposes_do_not_share_their_numbers(latents):

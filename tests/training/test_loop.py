@@ -31,8 +31,8 @@ def test_a_run_leaves_what_it_promises(preset, tiny):
     assert run.validations() == [(0, 0), (3, 1), (6, 2), (9, 3), (10, 3)]
     assert all(m["held_out_loss"] > 0 for m in run.validation_metrics())
     pictures = run.validation_pictures(3)
-    assert [p.size for p in pictures] == [(16, 16)] * 2
-    assert run.validation_latents(10).shape == run.initial_latents().shape == (2, 4, 4, 4)
+    assert [p.size for p in pictures] == [(32, 32)] * 2
+    assert run.validation_latents(10).shape == run.initial_latents().shape == (2, 10, 4, 4)
     losses = {m["step"]: m["held_out_loss"] for m in run.validation_metrics()}
     assert run.best_step() == min(list(losses)[1:], key=losses.get) == run.done["best_step"]
     assert run.checkpoints() == sorted({8, run.best_step(), 10})
