@@ -1,4 +1,4 @@
-"""PSNR in dB of every style through the autoencoder that lies here, and a sheet of pictures beside their decoding."""
+"""PSNR in dB of every style through the committed autoencoder, and a sheet of pictures beside their decoding."""
 
 import random
 from pathlib import Path
@@ -8,13 +8,12 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from helpers.minisd.pretrain import save_sheet
+from helpers.minisd.pretrain import WEIGHTS, save_sheet
 from helpers.minisd.train_vae import psnr, reconstruct
 from helpers.world.scenes import STYLES, sample_scene
 from helpers.world.styles import render
 
-HERE = Path(__file__).parent
-vae = AutoencoderKL.from_pretrained(HERE / "vae", torch_dtype=torch.float32).eval()
+vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32).eval()
 pairs = []
 for style in STYLES:
     drawn = np.stack([np.array(render(sample_scene(random.Random(9000 + k)), style, 128)) for k in range(16)])

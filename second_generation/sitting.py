@@ -1,8 +1,7 @@
 """One sitting of the U-Net: `python -m second_generation.sitting --folder FOLDER --seed N --minutes M`.
 
-FOLDER holds the pipeline (`warm_start`). It gets the latents of this sitting's own pictures, drawn once, another seed
-each sitting; a checkpoint and newer weights every five minutes; and sheets. Kill it when time is up; then
-`python -m second_generation.keep FOLDER/pipeline`.
+FOLDER/pipeline holds the weights to start from. FOLDER gets the latents of this sitting's own pictures, drawn once,
+another seed each sitting; a checkpoint and newer weights every five minutes; and sheets. Kill it when time is up.
 Set OMP_WAIT_POLICY=active where nothing else computes.
 """
 

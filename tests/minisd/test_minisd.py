@@ -64,9 +64,22 @@ def test_saved_folder_is_a_plain_pipeline(parts, tmp_path):
     assert pipe.tokenizer.pad_token_id == 0 and pipe.tokenizer.model_max_length == TINY.text_positions
     stored = torch.float16, torch.float32
     assert (pipe.unet.dtype, pipe.text_encoder.dtype) in {stored, (torch.float32, torch.float32)}
-    for name in ("unet", "vae"):
+    for name in ("unet", "vae", "text_encoder"):
         for a, b in zip(parts[name].parameters(), getattr(pipe, name).parameters(), strict=True):
-            assert torch.equal(a.half(), b.half())
+            kept = a.detach() if name == "vae" else architecture.rounded(a.detach())
+            assert torch.equal(kept.half(), b.half())
+
+
+def test_rounded_weights_are_few_near_and_stay_as_they_are():
+    noise = torch.randn(40, 30, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = noise * torch.logspace(-4, 1, 40).view(-1, 1, 1, 1)
+    near = architecture.rounded(weight)
+    row = weight.flatten(1).abs().amax(1)
+    assert ((near - weight).flatten(1).abs().amax(1) <= row / 255).all()
+    assert max(len(set(values.tolist())) for values in near.flatten(1)) <= 511
+    assert torch.equal(architecture.rounded(near), near) and torch.equal(near[3:].half().float(), near[3:])
+    vector, whole = torch.randn(7), torch.arange(6).view(2, 3)
+    assert architecture.rounded(vector) is vector and architecture.rounded(whole) is whole
 
 
 def test_folding_turns_latents_to_their_components_and_keeps_reconstructions(parts, pool):
