@@ -137,10 +137,19 @@ def sample(
     return torch.cat(done).clone()  # outside inference mode: an ordinary tensor, usable in training
 
 
-def generate(components: Components, prompts: Sequence[str], seeds: Sequence[int], **settings) -> list[Image.Image]:
-    """A picture for each prompt, from the noise of the seed beside it. settings: as for `sample`."""
+def generate(
+    components: Components,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Callable[..., Tensor] = sample,
+    **settings,
+) -> list[Image.Image]:
+    """A picture for each prompt, from the noise of the seed beside it.
+
+    sampler: `sample`, or `helpers.diffusion.dpm_solver.sample_by_dpm_solver`; settings go to it.
+    """
     check_numbers(prompts=prompts, seeds=seeds)
-    return to_pil(to_pictures(components, sample(components, prompts, initial_latents(components, seeds), **settings)))
+    return to_pil(to_pictures(components, sampler(components, prompts, initial_latents(components, seeds), **settings)))
 
 
 def image_to_image(

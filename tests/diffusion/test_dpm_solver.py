@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -9,7 +10,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from helpers.diffusion import dpm_solver
 from helpers.diffusion.components import as_pipeline
 from helpers.diffusion.dpm_solver import dpm_solver_step, sample_by_dpm_solver
-from helpers.diffusion.sampling import inference_timesteps, initial_latents, sample
+from helpers.diffusion.pictures import to_pictures, to_pil
+from helpers.diffusion.sampling import generate, inference_timesteps, initial_latents, sample
 from helpers.diffusion.schedule import alphas_cumprod
 
 PROMPTS = ["a drawing of a man with a red scarf", "a portrait of a cat"]
@@ -98,3 +100,12 @@ def test_wrong_numbers_are_refused(tiny):
         sample_by_dpm_solver(tiny, PROMPTS, initial_latents(tiny, [0]))
     with pytest.raises(ValueError, match="num_inference_steps must be 1 to 999"):
         sample_by_dpm_solver(tiny, PROMPTS, initial_latents(tiny, [0, 1]), 0)
+
+
+def test_pictures_by_either_sampler(tiny):
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    latents = sample_by_dpm_solver(tiny, PROMPTS, initial_latents(tiny, [5, 6]), 3, 2.0)
+    expected = [np.asarray(picture) for picture in to_pil(to_pictures(tiny, latents))]
+    pictures = generate(tiny, PROMPTS, [5, 6], sample_by_dpm_solver, **settings)
+    assert all(np.array_equal(*pair) for pair in zip(pictures, expected, strict=True))
+    assert not np.array_equal(pictures[0], generate(tiny, PROMPTS, [5, 6], **settings)[0])
