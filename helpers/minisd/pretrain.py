@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--unet-batch", type=int, default=16)
     p.add_argument("--classifier-batch", type=int, default=64)
     p.add_argument("--unet-learning-rate", type=float, default=7e-4)
+    p.add_argument("--seed", type=int, default=0, help="of the drawn pictures: another sitting may see others")
     p.add_argument("--go-on", action="store_true", help="start from the weights in --out")
     return p.parse_args()
 
@@ -66,8 +67,8 @@ def seconds(args: argparse.Namespace, stage: str) -> float:
     return 60 * (args.minutes * SHARES[stage] if own is None else own)
 
 
-def pool_of(stage: str, pictures: int) -> dict:
-    """What `start_drawing` draws for a stage when the U-Net is to see so many pictures.
+def pool_of(stage: str, pictures: int, seed: int = 0) -> dict:
+    """What `start_drawing` draws for a stage when the U-Net is to see so many pictures; other ones with another seed.
 
     The autoencoder sees the base styles, doodles and vintage, and never the extra styles; the U-Net the base styles
     without the held-out pairs; the classifier, which judges, all styles and pairs.
@@ -75,9 +76,9 @@ def pool_of(stage: str, pictures: int) -> dict:
     seen_by_judge = dict.fromkeys(STYLES, 1.0)
     seen_by_vae = dict.fromkeys((*BASE_STYLES, *HELD_OUT_STYLES), 1.0) | {NO_STYLE: 3.0}
     return {
-        "vae": {"count": max(pictures // 3, 256), "styles": seen_by_vae, "seed": 1},
-        "classifier": {"count": max(pictures // 2, 256), "styles": seen_by_judge, "seed": 3, "pairs": "all"},
-        "unet": {"count": pictures, "styles": BASE_SHARES, "seed": 2},
+        "vae": {"count": max(pictures // 3, 256), "styles": seen_by_vae, "seed": 10 * seed + 1},
+        "classifier": {"count": max(pictures // 2, 256), "styles": seen_by_judge, "seed": 10 * seed + 3, "pairs": "all"},
+        "unet": {"count": pictures, "styles": BASE_SHARES, "seed": 10 * seed + 2},
     }[stage]
 
 
@@ -168,7 +169,7 @@ def main() -> None:
     work = {"vae": vae_stage, "unet": unet_stage, "classifier": classifier_stage}
     size = architecture.MINI.picture
     with drawing_processes() as processes:  # which draw for later stages while earlier ones train
-        drawn = {stage: start_drawing(processes, size=size, **pool_of(stage, args.pictures)) for stage in stages}
+        drawn = {stage: start_drawing(processes, size=size, **pool_of(stage, args.pictures, args.seed)) for stage in stages}
         for stage in stages:
             work[stage](parts, args, collect(drawn[stage]))
             print(f"{stage}: done", flush=True)

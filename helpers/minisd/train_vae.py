@@ -122,6 +122,7 @@ def encode(vae: AutoencoderKL, pictures, batch_size: int = 64) -> tuple[Tensor, 
 def reconstruct(vae: AutoencoderKL, pictures, batch_size: int = 64) -> Tensor:
     """uint8 pictures [N, H, W, 3] through the autoencoder (posterior mean), as uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
+    vae.to(memory_format=torch.channels_last)
     parts = []
     for batch in _batches(pictures, batch_size):  # bytes at once: thousands of pictures as floats are gigabytes
         decoded = vae.decode(vae.encode(pixels(batch, device)).latent_dist.mean).sample
